@@ -1,0 +1,215 @@
+"""Layers that T5 and LLaMA share. Parameters are float32 or bfloat16, compute is `dtype` with float32 accumulation."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
+    """x [..., D] @ kernel [D, F] with operands in `dtype`, accumulated in float32, returned in `out_dtype`.
+
+    The gradient casts the cotangent to `dtype` as well: the automatic one would upcast the kernel to float32 and leave
+    the fast bfloat16 units.
+    """
+    return _contract(x, kernel, ((x.ndim - 1,), (0,)), dtype).astype(out_dtype)
+
+
+def _contract(x, y, dimensions, dtype):
+    return jax.lax.dot_general(
+        x.astype(dtype), y.astype(dtype), (dimensions, ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _matmul_forward(x, kernel, dtype, out_dtype):
+    return matmul(x, kernel, dtype, out_dtype), (x, kernel)
+
+
+def _matmul_backward(dtype, out_dtype, residuals, cotangent):
+    x, kernel = residuals
+    leading = tuple(range(x.ndim - 1))
+    dx = _contract(cotangent, kernel, ((cotangent.ndim - 1,), (1,)), dtype)
+    dkernel = _contract(x, cotangent, (leading, leading), dtype)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def lora_delta(x: jax.Array, block: dict[str, jax.Array], pet: Any, dtype: Any) -> jax.Array:
+    """((x A) * columns) B: x [B, L, D], A [D, T*R], columns [B, T*R], B [T*R, H] -> [B, L, H]."""
+    z = matmul(x, block["a"], dtype, dtype)
+    if pet.slot_columns is not None:
+        z = jnp.where(pet.slot_columns, z, jax.lax.stop_gradient(z))
+    return matmul(z * pet.columns[:, None, :].astype(dtype), block["b"], dtype, dtype)
+
+
+class Dense(nn.Module):
+    """A projection without bias, plus the mixture of LoRA blocks where one is given."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any
+    kernel_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, block: dict[str, jax.Array] | None = None, pet: Any = None) -> jax.Array:
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        y = matmul(x, kernel, self.dtype, self.dtype)
+        if block is not None:
+            y = y + lora_delta(x, block, pet, self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, computed in float32."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """The token table [V, D]; `attend` is the tied output head."""
+
+    vocab_size: int
+    features: int
+    dtype: Any
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (self.vocab_size, self.features), jnp.float32)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids [B, L] -> [B, L, D] in `dtype`."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x [B, L, D] -> logits [B, L, V] in float32."""
+        return matmul(x, self.embedding.T, self.dtype, jnp.float32)
+
+
+class LogitsDense(nn.Module):
+    """An untied output head [D, V] with float32 logits."""
+
+    vocab_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
+        kernel = self.param("kernel", init, (x.shape[-1], self.vocab_size), jnp.float32)
+        return matmul(x, kernel, self.dtype, jnp.float32)
+
+
+class GatedMlp(nn.Module):
+    """wo(activation(wi_0 x) * wi_1 x)."""
+
+    d_ff: int
+    activation: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_0")(x)
+        up = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_1")(x)
+        hidden = nn.with_logical_constraint(self.activation(gate) * up, ("batch", "length", "mlp"))
+        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+
+
+class Mlp(nn.Module):
+    """wo(activation(wi x))."""
+
+    d_ff: int
+    activation: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = self.activation(Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi")(x))
+        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+
+
+class Attention(nn.Module):
+    """Projections of multi-head attention, with grouped keys and values and LoRA where `pet` names them.
+
+    `project_query`, `project_key_value` and `attend` are separate so that a caller can rotate, cache or reuse parts.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_model: int
+    scale: float
+    dtype: Any
+
+    def setup(self):
+        kv_width = self.num_kv_heads * self.head_dim
+        # Whatever the scale, a fresh model's attention logits have about unit variance: T5 folds 1/sqrt(H) into it.
+        query_init = nn.initializers.variance_scaling(
+            (self.head_dim**-0.5 / self.scale) ** 2, "fan_in", "truncated_normal"
+        )
+        self.query = Dense(self.num_heads * self.head_dim, ("embed", "heads"), self.dtype, query_init)
+        self.key = Dense(kv_width, ("embed", "kv_heads"), self.dtype)
+        self.value = Dense(kv_width, ("embed", "kv_heads"), self.dtype)
+        self.out = Dense(self.d_model, ("heads", "embed"), self.dtype)
+
+    def project_query(self, x: jax.Array, blocks: Any, pet: Any) -> jax.Array:
+        """x [B, L, D] -> [B, L, N, H]."""
+        y = self.query(x, None if blocks is None else blocks["query"], pet)
+        return y.reshape(*x.shape[:2], self.num_heads, self.head_dim)
+
+    def project_key_value(self, x: jax.Array, blocks: Any, pet: Any) -> tuple[jax.Array, jax.Array]:
+        """x [B, S, D] -> keys and values, each [B, S, K, H]."""
+        shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
+        value = self.value(x, None if blocks is None else blocks["value"], pet)
+        return self.key(x).reshape(shape), value.reshape(shape)
+
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None
+    ) -> jax.Array:
+        """softmax(query . key * scale + bias) value, projected back to D.
+
+        Args:
+          query: [B, L, N, H]; key, value: [B, S, K, H].
+          mask: broadcastable to [B, 1, L, S], True where attention is allowed, or None.
+          bias: broadcastable to [B, N, L, S], or None.
+        """
+        mixed = jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=self.scale)
+        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+
+
+def scan_layers(block: type[nn.Module], length: int, in_axes: Any, remat: str) -> Callable:
+    """`length` copies of `block` under one `nn.scan`, parameters stacked on a leading "layers" axis.
+
+    Args:
+      block: module with `__call__(carry, *inputs) -> (carry, outputs)`.
+      in_axes: scan axis of each input, `nn.broadcast` for those that every layer shares.
+      remat: "none", "full" (recompute everything) or "dots" (keep matrix products).
+    """
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if remat != "none":
+        if remat not in policies:
+            raise ValueError(f"config.model.remat={remat!r} is unknown; choose 'none', 'full' or 'dots'.")
+        block = nn.remat(block, prevent_cse=False, policy=policies[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

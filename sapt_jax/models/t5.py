@@ -1,0 +1,378 @@
+"""T5: an encoder-decoder with RMSNorm and relative position biases, `nn.scan` over the layers.
+
+One module for T5 1.0 (ReLU, tied and scaled head), 1.1 and its LM-adapted and FLAN descendants (gated GELU,
+untied head), mT5 and umT5 (arXiv 1910.10683, 2002.05202, 2010.11934). The inner width heads * head_dim need
+not equal d_model.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, scan_layers
+from sapt_jax.models.variants import T5Config
+from sapt_jax.pet import Mixture, Sites
+
+START_ID = 0
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "gelu_new": nn.gelu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "silu": nn.silu,
+}
+
+
+@struct.dataclass
+class Cache:
+    """What the decoder of one batch keeps between steps.
+
+    Attributes:
+      key, value: [layers, B, S, N, H] of the decoder's own tokens, S = new tokens + 1 for the start id.
+      cross_key, cross_value: [layers, B, source length, N, H] of the encoded source, read only.
+      source_mask: [B, source length] bool.
+      column: [] int, the column that the next token is written to.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    cross_key: jax.Array
+    cross_value: jax.Array
+    source_mask: jax.Array
+    column: jax.Array
+
+    # The axis of rows, of arrays that differ between several answers to one source, and of those that do not.
+    answer_axes = {"key": 1, "value": 1}
+    source_axes = {"cross_key": 1, "cross_value": 1, "source_mask": 0}
+
+
+def relative_buckets(distance: jax.Array, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
+    """Bucket of each distance key position - query position (any shape, int).
+
+    Half of the buckets (of each direction, if bidirectional) hold one distance each, the others grow
+    logarithmically up to `max_distance`, and the last holds all that is further. Without `bidirectional`
+    every later key counts as distance 0.
+    """
+    if bidirectional:
+        buckets //= 2
+    exact = buckets // 2
+    # A table, since accelerators' logarithms may round a distance at a bucket's edge to the other side. The
+    # epsilon is T5X's.
+    far = np.arange(exact, max_distance + 1, dtype=np.float32) / exact + np.finfo(np.float32).eps
+    growth = (np.log(far) / math.log(max_distance / exact) * (buckets - exact)).astype(np.int32)
+    table = np.concatenate([np.arange(exact), np.minimum(exact + growth, buckets - 1)])
+    magnitude = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
+    bucket = jnp.asarray(table, jnp.int32)[jnp.minimum(magnitude, max_distance)]
+    return jnp.where(distance > 0, bucket + buckets, bucket) if bidirectional else bucket
+
+
+class RelativeBias(nn.Module):
+    """A stack's relative position biases: a table [N, buckets], or one for each layer [layers, N, buckets]."""
+
+    config: T5Config
+    num_layers: int
+
+    @nn.compact
+    def __call__(self, buckets: jax.Array) -> jax.Array:
+        """The bias [1, N, L, S] at buckets [L, S] that all layers share, or the tables that they look it up in."""
+        c = self.config
+        shape, axes = (c.num_heads, c.relative_buckets), ("heads", None)
+        if c.bias_per_layer:
+            shape, axes = (self.num_layers, *shape), ("layers", *axes)
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), axes)
+        table = self.param("rel_embedding", init, shape, jnp.float32)
+        return table if c.bias_per_layer else look_up(table, buckets)
+
+
+def look_up(table: jax.Array, buckets: jax.Array) -> jax.Array:
+    """The bias [1, N, L, S] in float32 of a table [N, buckets] at buckets [L, S]."""
+    return jnp.take(table.astype(jnp.float32), buckets, axis=1)[None]
+
+
+def _mlp(config: T5Config, dtype: Any) -> nn.Module:
+    return (GatedMlp if config.gated else Mlp)(config.d_ff, ACTIVATIONS[config.activation], dtype)
+
+
+def _attention(config: T5Config, dtype: Any) -> Attention:
+    heads = config.num_heads
+    return Attention(heads, heads, config.head_dim, config.d_model, scale=1.0, dtype=dtype)
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm encoder layer."""
+
+    config: T5Config
+    dtype: Any
+
+    def setup(self):
+        c = self.config
+        self.pre_attention_layer_norm = RMSNorm(c.norm_eps, self.dtype)
+        self.attention = _attention(c, self.dtype)
+        self.pre_mlp_layer_norm = RMSNorm(c.norm_eps, self.dtype)
+        self.mlp = _mlp(c, self.dtype)
+
+    def __call__(
+        self, x: jax.Array, blocks: Any, bias: jax.Array, pet: Any, buckets: jax.Array, mask: jax.Array
+    ):
+        """Applies the layer.
+
+        Args:
+          x: [B, L, D].
+          blocks: this layer's LoRA tree, or None.
+          bias: [1, N, L, L], or this layer's table [N, buckets].
+          pet: what all layers share of the mixture, or None.
+          buckets: [L, L].
+          mask: [B, 1, 1, L] bool.
+        """
+        bias = look_up(bias, buckets) if self.config.bias_per_layer else bias
+        h = self.pre_attention_layer_norm(x)
+        query = self.attention.project_query(h, blocks, pet)
+        key, value = self.attention.project_key_value(h, blocks, pet)
+        x = x + self.attention.attend(query, key, value, mask, bias)
+        x = x + self.mlp(self.pre_mlp_layer_norm(x))
+        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+
+
+class DecoderBlock(nn.Module):
+    """One pre-norm decoder layer over the scan's carry."""
+
+    config: T5Config
+    dtype: Any
+
+    def setup(self):
+        c = self.config
+        self.pre_self_attention_layer_norm = RMSNorm(c.norm_eps, self.dtype)
+        self.self_attention = _attention(c, self.dtype)
+        self.pre_cross_attention_layer_norm = RMSNorm(c.norm_eps, self.dtype)
+        self.encoder_decoder_attention = _attention(c, self.dtype)
+        self.pre_mlp_layer_norm = RMSNorm(c.norm_eps, self.dtype)
+        self.mlp = _mlp(c, self.dtype)
+
+    def __call__(self, carry, blocks, bias, cross, pet, buckets, mask, encoded, source_mask, write):
+        """Applies the layer.
+
+        Args:
+          carry: (x [B, L, D], cached key, cached value, layer index); the cached arrays are
+            [layers, B, S, N, H] or None.
+          blocks: this layer's LoRA tree, or None.
+          bias: [1, N, L, S], or this layer's table [N, buckets].
+          cross: this layer's (key, value) [B, source length, N, H], or None to project `encoded`.
+          pet: what all layers share of the mixture, or None.
+          buckets: [L, S].
+          mask: [1, 1, L, S] bool.
+          encoded: the encoder's states [B, source length, D], or None where `cross` is given.
+          source_mask: [B, 1, 1, source length] bool.
+          write: cache column that the tokens of x are written to, or None without a cache.
+
+        Returns:
+          The new carry, and `cross` where it was projected for a cache.
+        """
+        x, cached_key, cached_value, layer = carry
+        self_blocks = None if blocks is None else blocks["self_attention"]
+        cross_blocks = None if blocks is None else blocks["encoder_decoder_attention"]
+        bias = look_up(bias, buckets) if self.config.bias_per_layer else bias
+
+        h = self.pre_self_attention_layer_norm(x)
+        query = self.self_attention.project_query(h, self_blocks, pet)
+        key, value = self.self_attention.project_key_value(h, self_blocks, pet)
+        if write is not None:
+            start = (layer, 0, write, 0, 0)
+            cached_key = jax.lax.dynamic_update_slice(cached_key, key[None], start)
+            cached_value = jax.lax.dynamic_update_slice(cached_value, value[None], start)
+            key = jax.lax.dynamic_index_in_dim(cached_key, layer, keepdims=False)
+            value = jax.lax.dynamic_index_in_dim(cached_value, layer, keepdims=False)
+        x = x + self.self_attention.attend(query, key, value, mask, bias)
+
+        h = self.pre_cross_attention_layer_norm(x)
+        query = self.encoder_decoder_attention.project_query(h, cross_blocks, pet)
+        projected = None
+        if cross is None:
+            cross = self.encoder_decoder_attention.project_key_value(encoded, cross_blocks, pet)
+            projected = None if write is None else cross
+        x = x + self.encoder_decoder_attention.attend(query, *cross, source_mask)
+
+        x = x + self.mlp(self.pre_mlp_layer_norm(x))
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        return (x, cached_key, cached_value, layer + 1), projected
+
+
+class Encoder(nn.Module):
+    """All encoder layers and the final norm."""
+
+    config: T5Config
+    dtype: Any
+    remat: str
+
+    def setup(self):
+        c = self.config
+        self.relpos_bias = RelativeBias(c, c.num_encoder_layers)
+        axes = (0, 0 if c.bias_per_layer else nn.broadcast, *[nn.broadcast] * 3)
+        self.layers = scan_layers(EncoderBlock, c.num_encoder_layers, axes, self.remat)(c, self.dtype)
+        self.encoder_norm = RMSNorm(c.norm_eps, self.dtype)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, pet: Mixture | None) -> jax.Array:
+        """x [B, L, D], mask [B, L] -> normed states [B, L, D]."""
+        c = self.config
+        blocks = None if pet is None else pet.blocks["encoder"]["attention"]
+        shared = None if pet is None else pet.replace(blocks=None)
+        positions = jnp.arange(x.shape[1])
+        buckets = relative_buckets(
+            positions[None, :] - positions[:, None], True, c.relative_buckets, c.relative_max_distance
+        )
+        bias = self.relpos_bias(buckets)
+        x, _ = self.layers(x, blocks, bias, shared, buckets, mask[:, None, None, :])
+        return self.encoder_norm(x)
+
+
+class Decoder(nn.Module):
+    """All decoder layers, the final norm and, where untied, the output head."""
+
+    config: T5Config
+    dtype: Any
+    remat: str
+
+    def setup(self):
+        c = self.config
+        self.relpos_bias = RelativeBias(c, c.num_decoder_layers)
+        axes = (0, 0 if c.bias_per_layer else nn.broadcast, 0, *[nn.broadcast] * 6)
+        self.layers = scan_layers(DecoderBlock, c.num_decoder_layers, axes, self.remat)(c, self.dtype)
+        self.decoder_norm = RMSNorm(c.norm_eps, self.dtype)
+        if not c.tie_embeddings:
+            self.logits_dense = LogitsDense(c.vocab_size, self.dtype)
+
+    def __call__(self, x, encoded, source_mask, pet, cached=None, cross=None, write=None):
+        """Decodes x [B, L, D] after what is cached.
+
+        Args:
+          x: embedded tokens.
+          encoded: [B, source length, D], or None where `cross` is given.
+          source_mask: [B, source length] bool.
+          pet: the mixture, or None.
+          cached: (key, value) [layers, B, S, N, H], or None without a cache.
+          cross: (key, value) of the source [layers, B, source length, N, H], or None.
+          write: [] int, the column of x's first token, with a cache.
+
+        Returns:
+          (normed states [B, L, D], cached key and value, cross key and value where they were projected).
+        """
+        c = self.config
+        blocks = None if pet is None else pet.blocks["decoder"]
+        shared = None if pet is None else pet.replace(blocks=None)
+        length = x.shape[1]
+        positions = jnp.arange(length) + (0 if write is None else write)
+        columns = jnp.arange(length if cached is None else cached[0].shape[2])
+        distance = columns[None, :] - positions[:, None]
+        buckets = relative_buckets(distance, False, c.relative_buckets, c.relative_max_distance)
+        bias = self.relpos_bias(buckets)
+        mask = (distance <= 0)[None, None]
+        carry = (x, *(cached or (None, None)), jnp.zeros((), jnp.int32))
+        (x, key, value, _), projected = self.layers(
+            carry, blocks, bias, cross, shared, buckets, mask, encoded, source_mask[:, None, None, :], write
+        )
+        return self.decoder_norm(x), (key, value), projected
+
+
+class T5(nn.Module):
+    """The model. With `pet=None` it is the plain pretrained model, and its tree holds nothing else."""
+
+    config: T5Config
+    dtype: Any
+    remat: str
+
+    padding_side = "right"
+
+    def setup(self):
+        c = self.config
+        self.token_embedder = Embedding(c.vocab_size, c.d_model, self.dtype)
+        self.encoder = Encoder(c, self.dtype, self.remat)
+        self.decoder = Decoder(c, self.dtype, self.remat)
+
+    @staticmethod
+    def pet_sites(config: T5Config) -> Sites:
+        """The projections that LoRA adapts: q and v of every attention, (layers, fan_in, fan_out)."""
+        width = config.num_heads * config.head_dim
+
+        def projections(layers):
+            return {name: (layers, config.d_model, width) for name in ("query", "value")}
+
+        return {
+            "encoder": {"attention": projections(config.num_encoder_layers)},
+            "decoder": {
+                "self_attention": projections(config.num_decoder_layers),
+                "encoder_decoder_attention": projections(config.num_decoder_layers),
+            },
+        }
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Token embeddings [B, L, D], as the shared attention pools them."""
+        return self.token_embedder(ids)
+
+    def logits(self, states: jax.Array) -> jax.Array:
+        """Normed decoder states [B, L, D] -> [B, L, V] float32."""
+        if self.config.tie_embeddings:
+            return self.token_embedder.attend(states * self.config.d_model**-0.5)
+        return self.decoder.logits_dense(states)
+
+    def __call__(
+        self,
+        source: jax.Array,
+        source_mask: jax.Array,
+        target: jax.Array,
+        target_mask: jax.Array,
+        pet: Mixture | None = None,
+    ) -> jax.Array:
+        """Teacher-forced logits of the answer.
+
+        Args:
+          source: [B, S] ids, right-padded; source_mask: [B, S] bool.
+          target: [B, L] ids, right-padded; target_mask: [B, L] bool, unused: no token sees the padding after
+            it.
+          pet: the mixture of LoRA blocks, or None.
+
+        Returns:
+          [B, L, V] float32; position j predicts target[:, j].
+        """
+        del target_mask
+        encoded = self.encoder(self.embed(source), source_mask, pet)
+        shifted = jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=START_ID)
+        states, _, _ = self.decoder(self.embed(shifted), encoded, source_mask, pet)
+        return self.logits(states)
+
+    def prefill(
+        self, source: jax.Array, source_mask: jax.Array, new_tokens: int, pet: Mixture | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Reads the source.
+
+        Returns:
+          (logits [B, V] of the first answer token, a cache with room for `new_tokens`).
+        """
+        c = self.config
+        encoded = self.encoder(self.embed(source), source_mask, pet)
+        start = self.embed(jnp.full((source.shape[0], 1), START_ID, source.dtype))
+        shape = (c.num_decoder_layers, source.shape[0], new_tokens + 1, c.num_heads, c.head_dim)
+        empty = jnp.zeros(shape, self.dtype)
+        states, (key, value), (cross_key, cross_value) = self.decoder(
+            start, encoded, source_mask, pet, cached=(empty, empty), write=jnp.zeros((), jnp.int32)
+        )
+        cache = Cache(key, value, cross_key, cross_value, source_mask, jnp.ones((), jnp.int32))
+        return self.logits(states)[:, 0], cache
+
+    def decode_step(
+        self, tokens: jax.Array, cache: Cache, pet: Mixture | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Appends one token [B] to every row; returns the next logits [B, V] and the cache."""
+        states, (key, value), _ = self.decoder(
+            self.embed(tokens[:, None]),
+            None,
+            cache.source_mask,
+            pet,
+            cached=(cache.key, cache.value),
+            cross=(cache.cross_key, cache.cross_value),
+            write=cache.column,
+        )
+        return self.logits(states)[:, 0], cache.replace(key=key, value=value, column=cache.column + 1)

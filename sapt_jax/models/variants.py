@@ -1,0 +1,220 @@
+"""Model shapes by name, and from a Hugging Face `config.json`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+# Kind of rope scaling -> the fields it needs.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "high_freq_factor", "low_freq_factor"),
+    "yarn": ("factor",),
+}
+ROPE_OPTIONS = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+LLAMA_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a LLaMA-family decoder. `rope_scaling` is Hugging Face's dictionary as sorted pairs, or ()."""
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: tuple[tuple[str, Any], ...]
+    max_positions: int
+    tie_embeddings: bool
+    activation: str = "silu"
+
+    is_encoder_decoder = False
+
+
+def llama_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
+    """Reads a Hugging Face configuration of model_type llama.
+
+    Args:
+      config: the parsed `config.json`.
+      where: the file, for error messages.
+
+    Raises:
+      ValueError: another architecture, a missing field, or a feature that this decoder does not have.
+    """
+    if config.get("model_type") != "llama":
+        raise ValueError(f"{where}: model_type is {config.get('model_type')!r}, this is the loader for 'llama'.")
+    for flag in ("attention_bias", "mlp_bias"):
+        if config.get(flag):
+            raise ValueError(f"{where}: {flag}=true is not supported; LLaMA's own checkpoints have no biases.")
+    required = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "rms_norm_eps",
+    )
+    missing = [name for name in required if name not in config]
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        missing.append("rope_theta")
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}. Take the config.json that came with the weights.")
+    kind = rope.get("rope_type", rope.pop("type", "default"))
+    _check_rope(kind, rope, where)
+    rope["rope_type"] = kind
+    activation = config.get("hidden_act", "silu")
+    if activation not in LLAMA_ACTIVATIONS:
+        raise ValueError(
+            f"{where}: hidden_act {activation!r} is not supported; supported are {', '.join(LLAMA_ACTIVATIONS)}."
+        )
+    heads = config["num_attention_heads"]
+    return LlamaConfig(
+        vocab_size=config["vocab_size"],
+        d_model=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        d_ff=config["intermediate_size"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=float(theta),
+        rope_scaling=() if kind == "default" else tuple(sorted(rope.items())),
+        max_positions=config.get("max_position_embeddings", 2048),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        activation=activation,
+    )
+
+
+def _check_rope(kind: str, rope: Mapping[str, Any], where: str) -> None:
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"{where}: rope scaling {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}.")
+    given = {name for name, value in rope.items() if value is not None and name != "rope_type"}
+    if lacking := [name for name in ROPE_TYPES[kind] if name not in given]:
+        raise ValueError(f"{where}: rope scaling {kind!r} lacks {', '.join(lacking)}.")
+    if unknown := sorted(given - {*ROPE_OPTIONS, *(name for needed in ROPE_TYPES.values() for name in needed)}):
+        raise ValueError(f"{where}: rope scaling {kind!r} with {', '.join(unknown)} is not supported.")
+
+
+def _llama(vocab, d, layers, heads, kv, ff, eps, theta, positions, tied, head_dim=None, scaling=()) -> LlamaConfig:
+    return LlamaConfig(vocab, d, layers, heads, kv, head_dim or d // heads, ff, eps, theta, scaling, positions, tied)
+
+
+_LLAMA3_SCALING = (
+    ("factor", 8.0),
+    ("high_freq_factor", 4.0),
+    ("low_freq_factor", 1.0),
+    ("original_max_position_embeddings", 8192),
+    ("rope_type", "llama3"),
+)
+_LLAMA32_SCALING = (("factor", 32.0), *_LLAMA3_SCALING[1:])
+
+LLAMA_VARIANTS = {
+    "llama-tiny": _llama(384, 32, 2, 4, 2, 64, 1e-5, 10000.0, 512, True),
+    "smollm2-135m": _llama(49152, 576, 30, 9, 3, 1536, 1e-5, 100000.0, 8192, True),
+    "llama-2-7b": _llama(32000, 4096, 32, 32, 32, 11008, 1e-5, 10000.0, 4096, False),
+    "llama-2-13b": _llama(32000, 5120, 40, 40, 40, 13824, 1e-5, 10000.0, 4096, False),
+    "llama-3-8b": _llama(128256, 4096, 32, 32, 8, 14336, 1e-5, 500000.0, 8192, False),
+    "llama-3.1-8b": _llama(128256, 4096, 32, 32, 8, 14336, 1e-5, 500000.0, 131072, False, scaling=_LLAMA3_SCALING),
+    "llama-3.2-1b": _llama(128256, 2048, 16, 32, 8, 8192, 1e-5, 500000.0, 131072, True, scaling=_LLAMA32_SCALING),
+    "llama-3.2-3b": _llama(
+        128256, 3072, 28, 24, 8, 8192, 1e-5, 500000.0, 131072, True, head_dim=128, scaling=_LLAMA32_SCALING
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Shape of a T5-family encoder-decoder.
+
+    `tie_embeddings` also scales the decoder's output by d_model**-0.5, as every tied T5 does. With `bias_per_layer`
+    each layer has its own relative position bias (umt5, and T5X's scanned models), else a stack's layers share one.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    num_heads: int
+    head_dim: int
+    d_ff: int
+    activation: str
+    gated: bool
+    norm_eps: float
+    relative_buckets: int
+    relative_max_distance: int
+    tie_embeddings: bool
+    bias_per_layer: bool = False
+
+    is_encoder_decoder = True
+
+
+def t5_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> T5Config:
+    """Reads a Hugging Face configuration of model_type t5, mt5 or umt5.
+
+    Args:
+      config: the parsed `config.json`. Its `tie_word_embeddings` is believed, so it must say what the weights say:
+        transformers 5 writes true for every T5.
+      where: the file, for error messages.
+
+    Raises:
+      ValueError: another architecture, a missing field, or a feature that this model does not have.
+    """
+    kind = config.get("model_type")
+    if kind not in ("t5", "mt5", "umt5"):
+        raise ValueError(f"{where}: model_type is {kind!r}, this is the loader for 't5', 'mt5' and 'umt5'.")
+    required = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff", "layer_norm_epsilon")
+    missing = [name for name in (*required, "relative_attention_num_buckets") if name not in config]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}. Take the config.json that came with the weights.")
+    if config.get("decoder_start_token_id", 0) != 0:
+        raise ValueError(
+            f"{where}: decoder_start_token_id is {config['decoder_start_token_id']}; this T5 starts its answers with 0."
+        )
+    projection = config.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
+    activation = projection.removeprefix("gated-")
+    if projection == "gated-gelu":
+        activation = "gelu_new"
+    return T5Config(
+        vocab_size=config["vocab_size"],
+        d_model=config["d_model"],
+        num_encoder_layers=config["num_layers"],
+        num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
+        num_heads=config["num_heads"],
+        head_dim=config["d_kv"],
+        d_ff=config["d_ff"],
+        activation=activation,
+        gated=projection.startswith("gated-"),
+        norm_eps=config["layer_norm_epsilon"],
+        relative_buckets=config["relative_attention_num_buckets"],
+        relative_max_distance=config.get("relative_attention_max_distance", 128),
+        tie_embeddings=bool(config.get("tie_word_embeddings", True)),
+        bias_per_layer=kind == "umt5",
+    )
+
+
+def _t5(d, layers, heads, head_dim, ff, generation, vocab=32128) -> T5Config:
+    activation, gated, tied = {"1.0": ("relu", False, True), "1.1": ("gelu_new", True, False)}[generation]
+    return T5Config(vocab, d, layers, layers, heads, head_dim, ff, activation, gated, 1e-6, 32, 128, tied)
+
+
+# The 1.1 shapes are also those of the LM-adapted and FLAN checkpoints.
+T5_VARIANTS = {
+    "t5-tiny": _t5(32, 2, 4, 16, 64, "1.1", vocab=256),
+    "t5-small": _t5(512, 6, 8, 64, 2048, "1.0"),
+    "t5-base": _t5(768, 12, 12, 64, 3072, "1.0"),
+    "t5-large": _t5(1024, 24, 16, 64, 4096, "1.0"),
+    "t5-3b": _t5(1024, 24, 32, 128, 16384, "1.0"),
+    "t5-11b": _t5(1024, 24, 128, 128, 65536, "1.0"),
+    "t5-v1_1-small": _t5(512, 8, 6, 64, 1024, "1.1"),
+    "t5-v1_1-base": _t5(768, 12, 12, 64, 2048, "1.1"),
+    "t5-v1_1-large": _t5(1024, 24, 16, 64, 2816, "1.1"),
+    "t5-v1_1-xl": _t5(2048, 24, 32, 64, 5120, "1.1"),
+    "t5-v1_1-xxl": _t5(4096, 24, 64, 64, 10240, "1.1"),
+}
