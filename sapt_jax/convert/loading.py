@@ -1,0 +1,91 @@
+"""Reads a pretrained model, whatever its format: `read_model_config`, then `load_pretrained`."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sapt_jax.convert import gguf, hf, llama, rules, t5, t5x
+from sapt_jax.convert.locate import resolve_path
+
+# (model_type, format) -> the table for a config.
+TABLES: dict[tuple[str, str], Callable[[Mapping[str, Any]], rules.Table]] = {
+    ("llama", "hf"): llama.hf_table,
+    ("llama", "gguf"): llama.gguf_table,
+    **{(kind, "hf"): t5.hf_table for kind in t5.MODEL_TYPES},
+    **{(kind, "t5x"): t5.t5x_table for kind in t5.MODEL_TYPES},
+}
+
+_SOURCES: dict[str, Callable[[Path], rules.Source]] = {
+    "hf": hf.open_folder,
+    "gguf": gguf.GGUFSource,
+    "t5x": t5x.open_checkpoint,
+}
+
+
+def read_model_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a pretrained model's config in the form of Hugging Face's config.json.
+
+    Args:
+      path: a Hugging Face folder, a .gguf file, a T5X checkpoint (its folder, or an older one's file), or an
+        address for `resolve_path`.
+
+    Raises:
+      FileNotFoundError: nothing is there, or the folder has no config.json.
+      ValueError: the file is broken or holds another kind of model.
+    """
+    location = resolve_path(path)
+    form = _format(location)
+    if form == "gguf":
+        return gguf.read_config(location)
+    if form == "t5x":
+        return t5x.read_config(location)
+    config = hf.read_config(location)
+    if config["model_type"] in t5.MODEL_TYPES:
+        return t5.settle_tie(config, hf.open_folder(location))
+    return config
+
+
+def load_pretrained(path: str | os.PathLike[str], abstract_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Loads a pretrained model's weights straight into their shardings.
+
+    Args:
+      path: as for `read_model_config`.
+      abstract_params: the base parameter tree with jax.ShapeDtypeStruct leaves; a leaf's `sharding`, where
+        given, says where its array goes.
+
+    Returns:
+      The tree with jax arrays.
+
+    Raises:
+      FileNotFoundError: the path, the weights or a shard is missing.
+      ValueError: lists every key that is missing, unused or of the wrong shape.
+    """
+    location = resolve_path(path)
+    source = _SOURCES[_format(location)](location)
+    return rules.load(source, model_table(location), abstract_params)
+
+
+def model_table(path: str | os.PathLike[str]) -> rules.Table:
+    """Returns the rule table of a pretrained model, from its config and format.
+
+    Raises:
+      ValueError: there is no table for its model_type.
+    """
+    location = resolve_path(path)
+    config, form = read_model_config(location), _format(location)
+    if (config["model_type"], form) not in TABLES:
+        known = ", ".join(sorted(kind for kind, of in TABLES if of == form))
+        raise ValueError(f"{location}: model_type {config['model_type']!r} cannot be read; known are: {known}")
+    return TABLES[config["model_type"], form](config)
+
+
+def _format(location: Path) -> str:
+    if location.is_dir():
+        index = location / t5x.INDEX
+        return "t5x" if index.is_file() and not (location / "config.json").exists() else "hf"
+    if location.suffix == ".gguf":
+        return "gguf"
+    if t5x.INDEX in location.name:
+        return "t5x"
+    raise ValueError(f"{location} is neither a Hugging Face model folder, a .gguf file nor a T5X checkpoint")

@@ -1,0 +1,239 @@
+"""Rule tables between our parameter tree and another program's tensors, read in both directions.
+
+A table has one rule for each of our parameters. Loading demands that rules, file and model match one to one:
+what is missing, unused or of the wrong shape is reported together, before a single tensor is read.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Index = tuple[slice | np.ndarray, ...]
+
+
+class Source(Protocol):
+    """Tensors that are read piece by piece."""
+
+    label: str
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Returns the name and shape of every tensor, without reading any."""
+        ...
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Reads a part of a tensor. The index of axis 0 may be an array of positions, the rest are slices."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """A source over anything with `shape` and numpy's indexing: arrays, memory maps, TensorStore handles.
+
+    Attributes:
+      label: the file or folder, for messages.
+      arrays: the tensors by name.
+    """
+
+    label: str
+    arrays: Mapping[str, Any]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(array.shape) for name, array in self.arrays.items()}
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        return np.asarray(self.arrays[name][index])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """How one of our parameters is stored elsewhere.
+
+    Attributes:
+      path: our parameter, its names joined by `/`.
+      name: the foreign tensor. With `{layer}` in it, our parameter is a stack over axis 0 of one tensor per
+        layer, and `axes` and `order` speak of a single layer.
+      axes: ours is the foreign tensor transposed by these axes; None keeps them.
+      order: ours is the foreign tensor with its axis 0 in this order (before `axes`); None keeps it.
+    """
+
+    path: str
+    name: str
+    axes: tuple[int, ...] | None = None
+    order: np.ndarray | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.name
+
+    def names(self, shape: Sequence[int]) -> list[str]:
+        """Returns the foreign names that make up our parameter of this shape, in the order of the layers."""
+        if not self.stacked:
+            return [self.name]
+        return [self.name.replace("{layer}", str(layer)) for layer in range(shape[0])]
+
+    def foreign_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape that each foreign tensor must have for our parameter of this shape."""
+        single = tuple(shape[1:] if self.stacked else shape)
+        return single if self.axes is None else tuple(single[axis] for axis in np.argsort(self.axes))
+
+    def foreign_index(self, index: Sequence[slice]) -> Index:
+        """Returns what to read of a foreign tensor to get this part of (a layer of) our parameter."""
+        foreign: list[slice | np.ndarray] = list(index)
+        if self.axes is not None:
+            foreign = [index[axis] for axis in np.argsort(self.axes)]
+        if self.order is not None:
+            foreign[0] = self.order[foreign[0]]
+        return tuple(foreign)
+
+    def to_ours(self, part: np.ndarray) -> np.ndarray:
+        """Turns what was read at `foreign_index` into our layout."""
+        return part if self.axes is None else part.transpose(self.axes)
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
+        """Turns (a layer of) our whole parameter into the foreign tensor, contiguous in memory."""
+        if self.axes is not None:
+            array = array.transpose(np.argsort(self.axes))
+        if self.order is not None:
+            array = array[np.argsort(self.order)]
+        return np.ascontiguousarray(array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rules of one architecture in one format.
+
+    Attributes:
+      rules: one for each of our parameters.
+      ignore: regular expressions of foreign names that carry no information of their own (buffers, tied
+        copies).
+    """
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+
+    def by_path(self) -> dict[str, Rule]:
+        return {rule.path: rule for rule in self.rules}
+
+
+def check(source: Source, table: Table, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Checks that table, source and model match one to one.
+
+    Args:
+      source: the foreign tensors.
+      table: the rules; those whose path the model lacks are passed over (such as the head of a tied model).
+      shapes: the model's parameters, by path.
+
+    Raises:
+      ValueError: lists every key that is missing, unused or mis-shaped, and names the source.
+    """
+    stored = source.shapes()
+    rules = table.by_path()
+    missing, misshaped, used = [], [], set()
+    for path, shape in shapes.items():
+        if path not in rules:
+            missing.append(f"{path} {tuple(shape)}: this format has no tensor for it")
+            continue
+        want = rules[path].foreign_shape(shape)
+        for name in rules[path].names(shape):
+            used.add(name)
+            if name not in stored:
+                missing.append(f"{name} {want} for {path}")
+            elif stored[name] != want:
+                misshaped.append(f"{name} is {stored[name]}, the model needs {want} for {path}")
+    unused = [
+        f"{name} {shape}"
+        for name, shape in stored.items()
+        if name not in used and not any(re.fullmatch(pattern, name) for pattern in table.ignore)
+    ]
+    problems = {"missing": missing, "unused": unused, "of the wrong shape": misshaped}
+    if any(problems.values()):
+        counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in problems.items() if lines)
+        lines = [f"  {kind}: {line}" for kind, entries in problems.items() for line in entries]
+        raise ValueError(
+            f"{source.label} does not hold the weights of this model ({counts}). "
+            "Compare the model's config with the file's.\n" + "\n".join(lines)
+        )
+
+
+def load(source: Source, table: Table, target: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a parameter tree from foreign tensors, one parameter at a time.
+
+    Each process reads only the parts that its devices hold, so host memory holds one parameter beside what is
+    already on the devices.
+
+    Args:
+      source: the foreign tensors.
+      table: their rules.
+      target: the wanted tree, with jax.ShapeDtypeStruct leaves. A leaf's `sharding`, where given, says where
+        its array goes; else it goes to the default device. Values are cast to the leaf's dtype.
+
+    Returns:
+      The same tree with jax arrays.
+
+    Raises:
+      ValueError: from `check`.
+    """
+    leaves = flax.traverse_util.flatten_dict(target, sep="/")
+    check(source, table, {path: leaf.shape for path, leaf in leaves.items()})
+    rules = table.by_path()
+    arrays = {path: _load_leaf(source, rules[path], leaf) for path, leaf in leaves.items()}
+    return flax.traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def to_foreign(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+    """Writes a parameter tree as foreign tensors: the inverse of `load`, bit for bit where dtypes agree.
+
+    Args:
+      params: our tree of arrays, each fully addressable by this process.
+      table: the rules.
+
+    Returns:
+      numpy arrays by foreign name, in our dtypes.
+
+    Raises:
+      ValueError: lists the parameters that the table has no rule for.
+    """
+    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    rules = table.by_path()
+    if unknown := sorted(set(leaves) - set(rules)):
+        raise ValueError(f"this format has no tensor for: {', '.join(unknown)}")
+    foreign = {}
+    for path, leaf in leaves.items():
+        array = np.asarray(leaf)
+        layers: Iterable[np.ndarray] = array if rules[path].stacked else [array]
+        for name, layer in zip(rules[path].names(array.shape), layers, strict=True):
+            foreign[name] = rules[path].to_foreign(layer)
+    return foreign
+
+
+def _load_leaf(source: Source, rule: Rule, leaf: Any) -> jax.Array:
+    sharding = getattr(leaf, "sharding", None)
+    whole = tuple(slice(None) for _ in leaf.shape)
+    indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(leaf.shape).values()
+    bounds = {_bounds(index, leaf.shape) for index in indices}
+    shards = {bound: np.empty([stop - start for start, stop in bound], leaf.dtype) for bound in bounds}
+    # Layers outside, shards inside: a source that must decode a whole tensor to read a part decodes each
+    # once.
+    for layer, name in enumerate(rule.names(leaf.shape)):
+        for bound, shard in shards.items():
+            if not rule.stacked:
+                shard[...] = _read(source, rule, name, bound)
+            elif bound[0][0] <= layer < bound[0][1]:
+                shard[layer - bound[0][0]] = _read(source, rule, name, bound[1:])
+    if sharding is None:
+        return jnp.asarray(shards[_bounds(whole, leaf.shape)])
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shards[_bounds(index, leaf.shape)])
+
+
+def _bounds(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _read(source: Source, rule: Rule, name: str, bound: Sequence[tuple[int, int]]) -> np.ndarray:
+    return rule.to_ours(source.read(name, rule.foreign_index([slice(*ends) for ends in bound])))

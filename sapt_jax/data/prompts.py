@@ -1,0 +1,152 @@
+"""Prompt templates of the paper's protocol, and the step from text to token ids with its truncation.
+
+A prompt is three pieces, so that truncation can keep the definition and the closing "Output: " and cut the
+input.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from sapt_jax.data.task import Instance
+
+FAMILIES = ("decoder_only", "encoder_decoder")
+
+
+class Prompt(NamedTuple):
+    """The text of a prompt is `head + input + tail`."""
+
+    head: str
+    input: str
+    tail: str
+
+
+class Tokenizer(Protocol):
+    """What this module asks of a tokenizer."""
+
+    eos_id: int
+    bos_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def _superni(definition: str, text: str) -> Prompt:
+    stated = f"Definition: {definition.strip()}\n\n" if definition.strip() else ""
+    return Prompt(f"{stated}Now complete the following example -\nInput: ", text, "\nOutput: ")
+
+
+def _long_sequence(definition: str, text: str) -> Prompt:
+    return Prompt(f"{definition.strip()}\n" if definition.strip() else "", text, "\nOutput: ")
+
+
+def _plain(definition: str, text: str) -> Prompt:
+    return Prompt(f"{definition.strip()}\n\n" if definition.strip() else "", text, "\nOutput: ")
+
+
+TEMPLATES: dict[str, Callable[[str, str], Prompt]] = {
+    "superni": _superni,
+    "long_sequence": _long_sequence,
+    "plain": _plain,
+}
+
+
+def make_prompt(template: str, definition: str, text: str) -> Prompt:
+    """Fills a template of `TEMPLATES`; the definition is stripped, the input is taken verbatim."""
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown prompt template {template!r}; there are {', '.join(TEMPLATES)}.")
+    return TEMPLATES[template](definition, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingRules:
+    """How text becomes token ids; the same for every task of a run.
+
+    family: "decoder_only" (beginning token first if `add_bos`) or "encoder_decoder" (end token last).
+    max_source_length, max_target_length: in tokens, special tokens included.
+    truncation: "middle" cuts the middle of the input; "end" cuts the end of the prompt, "Output: " with it,
+      as the paper's code does.
+    target_keeps_end: an answer that is too long is cut before its end token; False cuts the end token too
+      (the paper's code for LLaMA).
+    references: which reference of several is trained on: "first", or "random", one draw for each instance,
+      the same in every epoch (the paper's code).
+    on_long_target: "cut" cuts and counts answers over the limit, "error" raises.
+    """
+
+    family: str
+    add_bos: bool
+    max_source_length: int
+    max_target_length: int
+    truncation: str
+    target_keeps_end: bool
+    references: str
+    on_long_target: str
+
+    def __post_init__(self):
+        choices = {
+            "family": FAMILIES,
+            "truncation": ("middle", "end"),
+            "references": ("first", "random"),
+            "on_long_target": ("cut", "error"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, not {getattr(self, field)!r}.")
+        for field in ("max_source_length", "max_target_length"):
+            if getattr(self, field) < 2:
+                raise ValueError(f"{field} must be at least 2, not {getattr(self, field)}.")
+
+
+def _cut_middle(ids: list[int], head: int, tail: int, length: int) -> list[int]:
+    """Keeps `length` of `ids`: at least the first `head` and last `tail`, and the rest of the room half and
+    half."""
+    if tail > length:
+        raise ValueError(
+            f"max_source_length leaves {length} tokens, fewer than the {tail} of the prompt's last line. Raise it."
+        )
+    # A definition longer than the whole limit loses its end: the line that asks for the answer must stay.
+    room = max(0, length - head - tail)
+    first = min(head, length - tail) + (room + 1) // 2
+    return ids[:first] + ids[len(ids) - (length - first) :]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, rules: EncodingRules) -> tuple[list[int], bool]:
+    """Returns (token ids with special tokens, at most `max_source_length`; whether the prompt was cut)."""
+    before = [tokenizer.bos_id] if rules.family == "decoder_only" and rules.add_bos else []
+    after = [tokenizer.eos_id] if rules.family == "encoder_decoder" else []
+    if None in before:
+        raise ValueError("add_bos is set, but the tokenizer has no beginning token: set config.add_bos to False.")
+    # The prompt is tokenised as one text, and cut as ids, so that what stays has the same ids as in the whole
+    # prompt.
+    ids = tokenizer.encode("".join(prompt))
+    length = rules.max_source_length - len(before) - len(after)
+    cut = len(ids) > length
+    if cut and rules.truncation == "end":
+        ids = ids[:length]
+    elif cut:
+        ids = _cut_middle(ids, len(tokenizer.encode(prompt.head)), len(tokenizer.encode(prompt.tail)), length)
+    return before + ids + after, cut
+
+
+def encode_answer(answer: str, tokenizer: Tokenizer, rules: EncodingRules) -> tuple[list[int], bool]:
+    """Returns (token ids and the end token, at most `max_target_length`; whether the answer was cut)."""
+    ids = tokenizer.encode(answer)
+    limit = rules.max_target_length
+    if len(ids) + 1 <= limit:
+        return ids + [tokenizer.eos_id], False
+    if rules.on_long_target == "error":
+        raise ValueError(
+            f"an answer of {len(ids) + 1} tokens (end token included) is over max_target_length={limit}: "
+            f'{answer!r:.80}. Raise the limit or set on_long_target="cut".'
+        )
+    return (ids[: limit - 1] + [tokenizer.eos_id] if rules.target_keeps_end else ids[:limit]), True
+
+
+def choose_reference(instance: Instance, references: str, seed: int) -> str:
+    """Returns the answer to train on: the first, or one drawn by (seed, instance id)."""
+    if references == "first" or len(instance.outputs) == 1:
+        return instance.outputs[0]
+    rng = np.random.default_rng([seed, zlib.crc32(instance.id.encode())])
+    return instance.outputs[rng.integers(len(instance.outputs))]

@@ -1,0 +1,128 @@
+"""The stream of tasks of a run: read, tokenised, and its bucket shapes chosen, from the config."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sapt_jax.data.benchmarks import BENCHMARKS, load_task, resolve_data_dir, resolve_task_order
+from sapt_jax.data.buckets import Bucket, check_buckets, choose_buckets
+from sapt_jax.data.encoding import EncodedSplit, encode_split
+from sapt_jax.data.prompts import EncodingRules
+from sapt_jax.data.pseudo_samples import encode_pseudo_samples, find_pseudo_dir, load_pseudo_samples
+from sapt_jax.data.task import Task
+from sapt_jax.data.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedTask:
+    """A task and its splits as token ids, row for row. `pseudo` is its pool of pseudo-samples, or None."""
+
+    task: Task
+    train: EncodedSplit
+    dev: EncodedSplit
+    test: EncodedSplit
+    pseudo: EncodedSplit | None
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """All tasks of a run in order, and the batch shapes that they share."""
+
+    tasks: tuple[EncodedTask, ...]
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+
+def encoding_rules(config: Any, tokenizer: Tokenizer, padding_side: str) -> EncodingRules:
+    """How the run turns text into ids, from `config.data` and the model's kind."""
+    data = config.data
+    return EncodingRules(
+        family="decoder_only" if padding_side == "left" else "encoder_decoder",
+        add_bos=tokenizer.add_bos if data.add_bos is None else data.add_bos,
+        max_source_length=data.max_source_length,
+        max_target_length=data.max_target_length,
+        truncation=data.truncation,
+        target_keeps_end=data.target_keeps_end,
+        references=data.references,
+        on_long_target=data.on_long_target,
+    )
+
+
+def split_names(names: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def load_stream(config: Any, tokenizer: Tokenizer, padding_side: str) -> Stream:
+    """Reads and tokenises every task of `config.task_order`.
+
+    Raises:
+      ValueError or FileNotFoundError: naming the file, row or config field at fault.
+    """
+    rules = encoding_rules(config, tokenizer, padding_side)
+    names = resolve_task_order(config.task_order, config.benchmark)
+    tasks = tuple(_load_encoded(name, config, tokenizer, rules) for name in names)
+    if config.data.buckets:
+        return Stream(tasks, tuple(check_buckets(config.data.buckets)))
+    splits = [split for task in tasks for split in (task.train, task.dev, task.test, task.pseudo) if split]
+    buckets = choose_buckets(
+        np.concatenate([split.lengths for split in splits]),
+        max_buckets=config.data.max_buckets,
+        source_multiple=config.data.source_multiple,
+        target_multiple=config.data.target_multiple,
+    )
+    return Stream(tasks, tuple(buckets))
+
+
+def _load_encoded(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:
+    data = config.data
+    task = load_task(
+        name,
+        benchmark=config.benchmark,
+        source=config.data_source,
+        data_dir=config.data_dir,
+        dev_size=data.dev_size,
+        dev_is_test=data.dev_is_test,
+        max_train=data.max_train,
+        max_dev=data.max_dev,
+        max_test=data.max_test,
+        seed=data.seed,
+        on_bad_instance=data.on_bad_instance,
+    )
+
+    def encode(instances):
+        return encode_split(
+            instances,
+            definition=task.definition,
+            template=task.prompt,
+            tokenizer=tokenizer,
+            rules=rules,
+            seed=data.seed,
+        )
+
+    samples = load_pseudo_samples(
+        task,
+        source=config.pseudo_samples.source,
+        folder=_pseudo_folder(config),
+        share=config.pseudo_samples.ratio,
+        minimum=config.pseudo_samples.minimum,
+        seed=data.seed,
+    )
+    pseudo = samples and encode_pseudo_samples(samples, template=task.prompt, tokenizer=tokenizer, rules=rules)
+    return EncodedTask(task, encode(task.train), encode(task.dev), encode(task.test), pseudo)
+
+
+def _pseudo_folder(config: Any) -> Path | None:
+    if config.pseudo_samples.source != "files":
+        return None
+    root = find_pseudo_dir(config.pseudo_samples.dir, resolve_data_dir(config.data_dir))
+    return root / BENCHMARKS[config.benchmark].folder

@@ -1,0 +1,251 @@
+"""Batching: every row once, the same whatever the start, no process sees another's rows, masks tell the
+lengths."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from sapt_jax.data import batching
+from sapt_jax.data.buckets import assign_buckets, check_buckets, choose_buckets, source_buckets
+from sapt_jax.data.encoding import EncodedSplit, Ragged
+
+TRAIN = dict(seed=3, task_index=1, padding_side="left", pad_id=0, prefetch_threads=2, prefetch_batches=4)
+
+
+def random_split(rng, n, longest=(60, 12)) -> EncodedSplit:
+    # Ids are unique over the whole split, so a token tells the row it came from.
+    def ragged(most, start):
+        lengths = rng.integers(1, most + 1, n)
+        ids = np.arange(start, start + lengths.sum())
+        return Ragged.from_rows(np.split(ids, np.cumsum(lengths)[:-1]))
+
+    sources = ragged(longest[0], 1)
+    return EncodedSplit(sources, ragged(longest[1], 1 + len(sources.ids)), 0, 0)
+
+
+def random_buckets(rng, lengths):
+    return choose_buckets(lengths, max_buckets=int(rng.integers(1, 7)), source_multiple=8, target_multiple=4)
+
+
+def rows_of(batch, split) -> list[int]:
+    """The rows a batch holds, found by their first source token; -1 for filler."""
+    first = {int(split.sources[i][0]): i for i in range(len(split))}
+    return [
+        first[int(ids[mask][0])] if mask.any() else -1
+        for ids, mask in zip(batch["source"], batch["source_mask"], strict=True)
+    ]
+
+
+def take(split, buckets, *, start=0, steps, batch_size=4, process=(0, 1), **changes):
+    return list(
+        batching.train_batches(
+            split,
+            buckets,
+            batch_size=batch_size,
+            start_step=start,
+            num_steps=steps,
+            process_index=process[0],
+            process_count=process[1],
+            **{**TRAIN, **changes},
+        )
+    )
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("trial", range(8))
+def test_every_row_once_per_epoch_in_a_constant_number_of_batches(trial):
+    rng = np.random.default_rng([11, trial])
+    n, batch_size = int(rng.integers(1, 90)), int(rng.integers(1, 9))
+    split = random_split(rng, n)
+    buckets = random_buckets(rng, split.lengths)
+    for epoch in range(3):
+        plan = batching.epoch_plan(split.lengths, buckets, batch_size=batch_size, seed=trial, task_index=2, epoch=epoch)
+        assert len(plan) == batching.steps_per_epoch(n, batch_size)
+        rows = np.concatenate([rows for _, rows in plan])
+        assert sorted(rows[rows != -1]) == list(range(n))
+        assert all(len(rows) == batch_size for _, rows in plan)
+        for bucket, rows in plan:
+            assert (split.lengths[rows[rows != -1]] <= bucket).all()
+            assert bucket in buckets
+
+
+def test_epochs_tasks_and_seeds_shuffle_differently_and_the_same_key_alike():
+    rng = np.random.default_rng(12)
+    split = random_split(rng, 64)
+    buckets = random_buckets(rng, split.lengths)
+
+    def flat(**key):
+        plan = batching.epoch_plan(split.lengths, buckets, batch_size=8, **key)
+        return tuple(np.concatenate([rows for _, rows in plan]).tolist())
+
+    keys = [dict(seed=s, task_index=t, epoch=e) for s, t, e in itertools.product(range(2), repeat=3)]
+    assert len({flat(**key) for key in keys}) == len(keys)
+    assert [flat(**key) for key in keys] == [flat(**key) for key in keys]
+
+
+def test_rows_within_a_bucket_change_company_between_epochs():
+    rng = np.random.default_rng(13)
+    split = random_split(rng, 64)
+    buckets = check_buckets([(64, 12)])
+
+    def companies(epoch):
+        plan = batching.epoch_plan(split.lengths, buckets, batch_size=8, seed=0, task_index=0, epoch=epoch)
+        return {frozenset(rows.tolist()) for _, rows in plan}
+
+    assert not companies(0) & companies(1)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_resumed_iterator_equals_the_uninterrupted_one(threads):
+    rng = np.random.default_rng(14)
+    split = random_split(rng, 37)
+    buckets = random_buckets(rng, split.lengths)
+    steps = 3 * batching.steps_per_epoch(37, 4) + 1
+    whole = take(split, buckets, steps=steps, prefetch_threads=threads)
+    assert len(whole) == steps
+    for start in (1, 10, steps - 1, steps):
+        assert_same(take(split, buckets, start=start, steps=steps, prefetch_threads=threads), whole[start:])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_partition_every_batch_and_agree_on_its_shape(count):
+    rng = np.random.default_rng([15, count])
+    split = random_split(rng, 41)
+    buckets = random_buckets(rng, split.lengths)
+    steps = 2 * batching.steps_per_epoch(41, 6)
+    whole = take(split, buckets, steps=steps, batch_size=6)
+    views = [take(split, buckets, steps=steps, batch_size=6, process=(i, count)) for i in range(count)]
+    for step, batch in enumerate(whole):
+        assert len({view[step]["source"].shape for view in views}) == 1
+        joined = {name: np.concatenate([view[step][name] for view in views]) for name in batch}
+        assert_same([joined], [batch])
+    for epoch in np.split(np.arange(steps), 2):
+        seen = [row for view in views for step in epoch for row in rows_of(view[step], split) if row != -1]
+        assert sorted(seen) == list(range(41))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_evaluation_covers_a_split_once_over_all_processes(count):
+    rng = np.random.default_rng([16, count])
+    split = random_split(rng, 29)
+    buckets = random_buckets(rng, split.lengths)
+    seen = []
+    for index in range(count):
+        for rows, batch in batching.eval_batches(
+            split,
+            buckets,
+            batch_size=6,
+            target_length=12,
+            padding_side="left",
+            pad_id=0,
+            process_index=index,
+            process_count=count,
+        ):
+            assert rows_of(batch, split) == rows.tolist()
+            assert batch["source"].shape[1] in {ls for ls, _ in buckets}
+            assert batch["target"].shape == (6 // count, 12)
+            seen += rows[rows != -1].tolist()
+    assert sorted(seen) == list(range(29))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_match_lengths_and_filler_is_masked_everywhere(side):
+    rng = np.random.default_rng(17)
+    split = random_split(rng, 10)
+    rows = np.array([3, -1, 7])
+    batch = batching.make_batch(split, rows, (64, 16), padding_side=side, pad_id=-5)
+    assert {name: array.dtype for name, array in batch.items()} == {
+        "source": np.int32,
+        "source_mask": bool,
+        "target": np.int32,
+        "target_mask": bool,
+    }
+    for name, ragged, padding in (("source", split.sources, side), ("target", split.targets, "right")):
+        mask = batch[f"{name}_mask"]
+        assert not mask[1].any()
+        assert (batch[name][~mask] == -5).all()
+        for i in (0, 2):
+            own = ragged[int(rows[i])]
+            np.testing.assert_array_equal(batch[name][i][mask[i]], own)
+            assert mask[i].sum() == len(own)
+            assert mask[i][-1 if padding == "left" else 0]
+    with pytest.raises(ValueError, match="more than the batch's 1"):
+        batching.make_batch(
+            split, np.array([int(split.sources.lengths.argmax())]), (1, 16), padding_side=side, pad_id=0
+        )
+    with pytest.raises(ValueError, match="padding_side"):
+        batching.make_batch(split, rows, (64, 16), padding_side="middle", pad_id=0)
+
+
+def test_positions_count_filler_and_padding():
+    plan = [((4, 2), np.array([0, 1])), ((8, 3), np.array([2, -1]))]
+    split = random_split(np.random.default_rng(21), 3, longest=(4, 2))
+    sizes = [batching.make_batch(split, rows, bucket, padding_side="left", pad_id=0) for bucket, rows in plan]
+    total = sum(batch["source"].size + batch["target"].size for batch in sizes)
+    assert batching.count_positions(plan) == total == 34
+
+
+@pytest.mark.parametrize("trial", range(6))
+def test_chosen_buckets_hold_every_row_and_more_buckets_pad_less(trial):
+    rng = np.random.default_rng([18, trial])
+    lengths = np.stack([rng.geometric(0.02, 200), rng.integers(1, 40, 200)], 1)
+    shares = []
+    for most in (1, 2, 4, 8, 16):
+        buckets = choose_buckets(lengths, max_buckets=most, source_multiple=8, target_multiple=4)
+        assert 1 <= len(buckets) <= most
+        assert all(ls % 8 == 0 and lt % 4 == 0 for ls, lt in buckets)
+        assert (lengths.max(0) <= buckets[-1]).all()
+        assert (np.array(buckets) <= buckets[-1]).all()
+        shapes = np.array(buckets)[assign_buckets(lengths, buckets)]
+        assert (lengths <= shapes).all()
+        shares.append(shapes.sum())
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < shares[0]
+
+
+def test_chosen_buckets_are_the_best_two_on_a_small_case():
+    rng = np.random.default_rng(19)
+    lengths = rng.integers(1, 25, (30, 2))
+    chosen = choose_buckets(lengths, max_buckets=2, source_multiple=4, target_multiple=4)
+    top = tuple(-(-lengths.max(0) // 4) * 4)
+
+    def total(buckets):
+        return np.array(buckets)[assign_buckets(lengths, buckets)].sum()
+
+    every = [check_buckets([top, (ls, lt)]) for ls in range(4, 25, 4) for lt in range(4, 25, 4)]
+    assert total(chosen) == min(total(buckets) for buckets in every)
+
+
+def test_fewer_shapes_than_buckets_give_each_shape_its_own():
+    lengths = np.array([[8, 4], [16, 4], [16, 4], [24, 8]])
+    buckets = choose_buckets(lengths, max_buckets=9, source_multiple=8, target_multiple=4)
+    assert buckets == [(8, 4), (16, 4), (24, 8)]
+
+
+def test_bucket_errors_name_what_to_change():
+    with pytest.raises(ValueError, match=r"add \(64, 16\)"):
+        check_buckets([(64, 8), (32, 16)])
+    with pytest.raises(ValueError, match="positive"):
+        check_buckets([])
+    with pytest.raises(ValueError, match="33 source and 2 target .* fits none"):
+        assign_buckets(np.array([[3, 2], [33, 2]]), [(32, 8)])
+    with pytest.raises(ValueError, match="at least 1"):
+        choose_buckets(np.zeros((0, 2), int), max_buckets=3, source_multiple=8, target_multiple=8)
+    assert source_buckets([(32, 8), (32, 16), (64, 16)], 50) == [(32, 50), (64, 50)]
+
+
+def test_process_errors_name_what_to_change():
+    split = random_split(np.random.default_rng(20), 5)
+    buckets = [(64, 12)]
+    with pytest.raises(ValueError, match="change batch_size"):
+        take(split, buckets, steps=1, batch_size=4, process=(0, 3))
+    with pytest.raises(ValueError, match="not one of 2 processes"):
+        take(split, buckets, steps=1, batch_size=4, process=(2, 2))
