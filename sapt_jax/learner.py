@@ -1,0 +1,164 @@
+"""Builds what a run works with from its config: model, data, method and the jitted functions."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from sapt_jax import partitioning
+from sapt_jax.convert.locate import resolve_path
+from sapt_jax.data.encoding import EncodedSplit
+from sapt_jax.data.stream import Stream, load_stream
+from sapt_jax.data.tokenizers import Tokenizer, load_tokenizer
+from sapt_jax.decoding import make_generate
+from sapt_jax.evaluation import Layout, decode_texts, map_sources
+from sapt_jax.methods import METHODS
+from sapt_jax.methods.protocol import Method, Pools
+from sapt_jax.models.loading import load_model
+from sapt_jax.optimization import make_optimizer, schedule_factor
+from sapt_jax.state import Frozen, Trainable, init_frozen
+from sapt_jax.train import make_train_step, make_weights_step, pooled_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The parts of a run that no task changes."""
+
+    model: nn.Module
+    method: Method
+    tokenizer: Tokenizer
+    stream: Stream
+    mesh: Mesh
+    layout: Layout
+    optimizer: optax.GradientTransformation
+    train_step: Callable
+    generate: Callable
+    weights: Callable
+    pooled: Callable
+
+    def open_task(self, seed: int, task_index: int, previous: Trainable | None) -> Trainable:
+        """What task `task_index` starts from."""
+        rng = jax.random.fold_in(jax.random.key(seed), task_index)
+        config = self.model.config
+        trainable = self.method.open_task(rng, self.model.pet_sites(config), config.d_model, previous)
+        return partitioning.replicate(trainable, self.mesh)
+
+    def predict(
+        self, frozen: Frozen, trainable: Trainable, split: EncodedSplit, slot_index: int
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        """Decoded texts of a split, and the attention weights [n, T] that each was decoded with."""
+        slot = np.int32(slot_index)
+        tokens, weights = map_sources(
+            lambda source, mask: self.generate(frozen, trainable, source, mask, slot), split, self.layout
+        )
+        return decode_texts(tokens, self.tokenizer), weights
+
+    def attention(self, frozen: Frozen, trainable: Trainable, split: EncodedSplit, slot_index: int) -> np.ndarray:
+        """Attention weights [n, T] of a split's inputs."""
+        slot = np.int32(slot_index)
+        return map_sources(
+            lambda source, mask: (self.weights(frozen, trainable, source, mask, slot),), split, self.layout
+        )[0]
+
+    def pools(self, frozen: Frozen, num_tasks: int) -> Pools:
+        """The pooled pseudo-samples of the first `num_tasks` tasks, each in the row of its slot."""
+        capacity, d_model = frozen.keys.shape
+        sizes = [len(task.pseudo) for task in self.stream.tasks if task.pseudo]
+        pooled = np.zeros((capacity, max(sizes, default=1), d_model), np.float32)
+        counts = np.zeros((capacity,), np.int32)
+        for index, task in enumerate(self.stream.tasks[:num_tasks]):
+            if task.pseudo:
+                (rows,) = map_sources(lambda s, m: (self.pooled(frozen.base, s, m),), task.pseudo, self.layout)
+                slot = self.method.slot_index(index)
+                pooled[slot, : len(rows)], counts[slot] = rows, len(rows)
+        return partitioning.replicate(Pools(pooled, counts), self.mesh)
+
+
+def make_method(config: Any) -> Method:
+    """The continual-learning method of a config.
+
+    Raises:
+      ValueError: unknown `config.method`.
+    """
+    if config.method not in METHODS:
+        raise ValueError(f"config.method={config.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    return METHODS[config.method](
+        rank=config.pet.rank,
+        alpha=config.pet.alpha,
+        query_hidden=config.attention.query_hidden,
+        query_init_std=config.attention.query_init_std,
+        temperature=config.attention.temperature,
+        pool_padding=config.attention.pool_padding,
+        kl_ratio=config.kl_ratio,
+        reflection_batch=config.pseudo_samples.batch_size,
+        stop_gradient_through_bank=config.pet.stop_gradient_through_bank,
+    )
+
+
+def build(config: Any, mesh: Mesh) -> tuple[Learner, Frozen]:
+    """Reads model and data, and builds the jitted functions and an empty bank.
+
+    Raises:
+      ValueError or FileNotFoundError: naming the file or config field at fault.
+    """
+    method = make_method(config)
+    model_options = config.model
+    tokenizer = load_tokenizer(model_options.tokenizer or resolve_path(model_options.path))
+    model, base = load_model(
+        model_options.path,
+        model_options.variant,
+        model_options.dtype,
+        model_options.param_dtype,
+        model_options.remat,
+        mesh,
+        config.seed,
+    )
+    shape = model.config
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
+            "config.model.tokenizer must be the one that the model was trained with."
+        )
+    stream = load_stream(config, tokenizer, model.padding_side)
+    options = config.optimizer
+    optimizer = make_optimizer(
+        options.learning_rate,
+        options.query_projection_learning_rate,
+        options.key_learning_rate,
+        options.beta1,
+        options.beta2,
+        options.epsilon,
+        options.weight_decay,
+        options.max_grad_norm,
+    )
+    learner = Learner(
+        model=model,
+        method=method,
+        tokenizer=tokenizer,
+        stream=stream,
+        mesh=mesh,
+        layout=Layout(mesh, stream.buckets, config.eval.batch_size, model.padding_side, tokenizer.pad_id),
+        optimizer=optimizer,
+        train_step=make_train_step(
+            model,
+            method,
+            optimizer,
+            lambda step, total: schedule_factor(options.schedule, step, options.warmup_steps, total),
+            config.train.accumulation,
+            config.seed,
+        ),
+        generate=make_generate(model, method, config.eval.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id),
+        weights=make_weights_step(model, method),
+        pooled=jax.jit(functools.partial(pooled_source, model, method)),
+    )
+    capacity = method.capacity(max(len(stream.tasks), config.pet.capacity))
+    frozen = init_frozen(base, model.pet_sites(shape), config.pet.rank, shape.d_model, capacity)
+    return learner, frozen.replace(
+        **partitioning.replicate({name: getattr(frozen, name) for name in ("bank", "keys", "targets", "enabled")}, mesh)
+    )

@@ -1,0 +1,48 @@
+"""What a continual-learning method decides. Everything else (data, steps, checkpoints, scores) is the same for all."""
+
+from typing import Any, Protocol
+
+import jax
+from flax import struct
+
+from sapt_jax.pet import Mixture, Sites
+from sapt_jax.state import Frozen, Trainable
+
+
+@struct.dataclass
+class Pools:
+    """Pooled embeddings of the pseudo-samples of each task.
+
+    The embedding table is frozen, so they are constants: reflection needs no forward pass of the language model.
+
+    Attributes:
+      pooled: [T, N, D] float32, N the largest pool; rows past a task's count are zero.
+      counts: [T] int32.
+    """
+
+    pooled: jax.Array
+    counts: jax.Array
+
+
+class Method(Protocol):
+    """The decisions of a method; pure functions of their arguments."""
+
+    def capacity(self, num_tasks: int) -> int:
+        """Slots that the bank needs for a sequence of `num_tasks`."""
+
+    def slot_index(self, task_index: int) -> int:
+        """The slot that task `task_index` (0-based) trains."""
+
+    def open_task(self, rng: jax.Array, sites: Sites, d_model: int, previous: Trainable | None) -> Trainable:
+        """The trainable tree that a task starts from; `previous` is what the task before ended with."""
+
+    def log_weights(self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array) -> jax.Array:
+        """Log attention [..., T] of inputs whose pooled embeddings are [..., D]."""
+
+    def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, slot_index: jax.Array) -> Mixture:
+        """The PET mixture under attention `weights` [B, T]."""
+
+    def auxiliary_loss(
+        self, rng: jax.Array, frozen: Frozen, trainable: Trainable, pools: Pools, slot_index: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """A loss [] added to the task loss once per step, and what to log of it."""

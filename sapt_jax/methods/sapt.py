@@ -1,0 +1,80 @@
+"""SAPT: shared attentive learning and selection (SALS) with attentive reflection (ARM), arXiv 2401.08295."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sapt_jax import losses, pet, shared_attention
+from sapt_jax.methods.protocol import Pools
+from sapt_jax.pet import Mixture, Sites
+from sapt_jax.state import Frozen, Trainable, active_slots, insert
+
+
+@dataclasses.dataclass(frozen=True)
+class Sapt:
+    """Every task opens a block and a key of its own; one attention over all keys mixes the blocks.
+
+    Attributes:
+      rank, alpha: LoRA's rank and alpha.
+      query_hidden: width between the two matrices of the query projection (100 in the paper).
+      query_init_std: None for uniform initialisation by fan-in, else the standard deviation of a normal one.
+      temperature: multiplies sqrt(D) under the attention scores.
+      pool_padding: see `shared_attention.pool`.
+      kl_ratio: weight of the reflection loss; 0 turns ARM off.
+      reflection_batch: pseudo-samples of each earlier task that a step draws.
+      stop_gradient_through_bank: gradients reach the layers below through the current block alone.
+    """
+
+    rank: int
+    alpha: float
+    query_hidden: int
+    query_init_std: float | None
+    temperature: float
+    pool_padding: bool
+    kl_ratio: float
+    reflection_batch: int
+    stop_gradient_through_bank: bool
+
+    def capacity(self, num_tasks: int) -> int:
+        return num_tasks
+
+    def slot_index(self, task_index: int) -> int:
+        return task_index
+
+    def open_task(self, rng: jax.Array, sites: Sites, d_model: int, previous: Trainable | None) -> Trainable:
+        """A fresh block and key; the query projection goes on from the task before."""
+        slot_rng, key_rng, projection_rng = jax.random.split(rng, 3)
+        if previous is None:
+            projection = shared_attention.init_query_projection(
+                projection_rng, d_model, self.query_hidden, self.query_init_std
+            )
+        else:
+            projection = previous.query_projection
+        slot = pet.init_block(slot_rng, sites, self.rank)
+        return Trainable(slot, shared_attention.init_key(key_rng, d_model), projection)
+
+    def log_weights(self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array) -> jax.Array:
+        _, keys = insert(frozen, trainable, slot_index)
+        query = shared_attention.make_query(trainable.query_projection, pooled)
+        return shared_attention.log_weights(query, keys, active_slots(frozen, slot_index), self.temperature)
+
+    def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, slot_index: jax.Array) -> Mixture:
+        bank, _ = insert(frozen, trainable, slot_index)
+        return pet.mix(bank, weights, self.alpha, slot_index if self.stop_gradient_through_bank else None)
+
+    def auxiliary_loss(
+        self, rng: jax.Array, frozen: Frozen, trainable: Trainable, pools: Pools, slot_index: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """kl_ratio * sum over earlier tasks of KL(recorded attention || current), over drawn pseudo-samples."""
+        capacity, size = pools.pooled.shape[:2]
+        drawn = jax.random.randint(rng, (capacity, self.reflection_batch), 0, jnp.maximum(pools.counts, 1)[:, None])
+        pooled = jnp.take_along_axis(pools.pooled, jnp.minimum(drawn, size - 1)[..., None], axis=1)
+        valid = jnp.broadcast_to((pools.counts > 0)[:, None], drawn.shape)
+        # A withdrawn slot takes no part: what was recorded on it is spread over the others.
+        targets = frozen.targets * frozen.enabled
+        targets = targets / jnp.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
+        current = self.log_weights(frozen, trainable, pooled, slot_index)
+        total, by_task = losses.reflection_loss(targets, current, valid, slot_index)
+        return self.kl_ratio * total, {"reflection_loss": total, "reflection_by_task": by_task}

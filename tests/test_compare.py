@@ -1,0 +1,64 @@
+import io
+
+import numpy as np
+import pytest
+
+from sapt_jax import compare, metrics, run_log
+
+
+def _write(folder, method, matrix, task_order=("a", "b")):
+    run_log.write_scores(
+        folder,
+        method=method,
+        task_order=task_order,
+        metric_per_task=dict.fromkeys(task_order, "rouge_l"),
+        matrix=matrix,
+        summary=metrics.summarise(metrics.finished_part(matrix), None),
+        seeds={"seed": 0},
+        protocol={},
+        config={},
+    )
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    _write(tmp_path / "one", "sapt", np.array([[50.0, np.nan], [48.5, 60.0]]))
+    _write(tmp_path / "two", "seq_lora", np.array([[51.0, np.nan], [7.5, 61.0]]))
+    return [str(tmp_path / "one"), str(tmp_path / "two")]
+
+
+def test_prints_both_runs_by_method(two_runs):
+    output = io.StringIO()
+    assert compare.main(two_runs, output) == 0
+    text = output.getvalue()
+    for expected in ("SAPT-LoRA", "sequential LoRA", "50.0 →  48.5", "51.0 →   7.5", "1.50", "43.50", "54.25", "34.25"):
+        assert expected in text
+
+
+def test_two_runs_of_one_method_are_named_by_folder(two_runs, tmp_path):
+    _write(tmp_path / "again", "sapt", np.array([[49.0, np.nan], [44.5, 62.0]]))
+    output = io.StringIO()
+    assert compare.main([two_runs[0], str(tmp_path / "again")], output) == 0
+    heading = next(line for line in output.getvalue().splitlines() if line.split()[:1] == ["task"])
+    assert heading.split() == ["task", "one", "again"]
+
+
+def test_a_run_beside_itself(two_runs):
+    output = io.StringIO()
+    assert compare.main([two_runs[0], two_runs[0] + "/"], output) == 0
+    assert output.getvalue().count("50.0 →  48.5") == 2
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_got(two_runs, tmp_path):
+    _write(tmp_path / "part", "seq_lora", np.array([[51.0, np.nan], [np.nan, np.nan]]))
+    output = io.StringIO()
+    assert compare.main([two_runs[0], str(tmp_path / "part")], output) == 0
+    assert "51.0 →     –" in output.getvalue()
+
+
+def test_what_cannot_be_compared_is_one_line_on_stderr(two_runs, tmp_path, capsys):
+    assert compare.main([two_runs[0], str(tmp_path / "absent")], io.StringIO()) == 2
+    assert "absent/scores.json: no such file" in capsys.readouterr().err
+    _write(tmp_path / "other", "seq_lora", np.array([[51.0, np.nan], [7.5, 61.0]]), task_order=("b", "a"))
+    assert compare.main([two_runs[0], str(tmp_path / "other")], io.StringIO()) == 2
+    assert "different task orders" in capsys.readouterr().err
