@@ -81,8 +81,9 @@ def get_config() -> ConfigDict:
     c.data.max_test = 0
     # Of the splits, so that runs with several training seeds share them.
     c.data.seed = 0
-    # A row with an empty input or output: "error", "skip" (counted and reported) or "keep".
-    c.data.on_bad_instance = "skip"
+    # Rows with an empty input or output: "skip_empty" leaves them out and says how many, "keep" keeps them. Broken rows
+    # are an error; "skip" leaves these out too, and with "error" an empty row is one.
+    c.data.on_bad_instance = "skip_empty"
     # (source, target) lengths; empty: chosen from the length histogram of all tasks.
     c.data.buckets = ()
     # 13% padding on SuperNI at batches of 32.
@@ -111,6 +112,11 @@ def get_config() -> ConfigDict:
     # None: the same as the block's.
     c.optimizer.query_projection_learning_rate = config_dict.placeholder(float)
     c.optimizer.key_learning_rate = config_dict.placeholder(float)
+    # Epochs of a task before its key and the query projection move. A fresh block is empty, so at first nothing but
+    # the reflection loss pulls at the attention, and it shuts the new slot; once that is near zero, so is every
+    # gradient that could open it. At the paper's learning rates the block is faster than the attention; with few steps
+    # and high rates it needs a head start.
+    c.optimizer.attention_after_epochs = 0.0
     # "constant", "linear" or "cosine", after warmup_steps.
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0
@@ -125,6 +131,8 @@ def get_config() -> ConfigDict:
     # A prediction counts against the "best", the "first" or a "random" one of an instance's references.
     c.eval.references = "best"
     c.eval.max_new_tokens = 50
+    # Tasks never trained on, scored after the last one, names with commas (CL_Benchmark_unseen).
+    c.eval.unseen_tasks = ""
 
     c.mesh = ConfigDict()
     # One of them may be -1: what is left of the devices.

@@ -19,7 +19,7 @@ def get_config():
     c.pseudo_samples.minimum = 8
     c.data.max_source_length = 64
     c.data.max_target_length = 16
-    c.data.max_train = 160
+    c.data.max_train = 144
     c.data.max_dev = 16
     c.data.max_test = 24
     c.data.max_buckets = 3
@@ -29,6 +29,7 @@ def get_config():
     c.train.batch_size = 8
     c.train.eval_every_epochs = 2
     c.optimizer.learning_rate = 2e-3
+    c.optimizer.attention_after_epochs = 0.5
     c.eval.batch_size = 24
-    c.eval.max_new_tokens = 12
+    c.eval.max_new_tokens = 14
     return c

@@ -7,6 +7,7 @@ Both are written beside their place and renamed, so that a killed run finds eith
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,22 @@ class Loop:
 def task_folder(workdir: Path, task_index: int, name: str) -> Path:
     """WORKDIR/tasks/00-NAME."""
     return Path(workdir) / "tasks" / f"{task_index:02d}-{name}"
+
+
+def check_order(workdir: Path, names: Sequence[str]) -> None:
+    """Checks that the tasks which this workdir already holds are the first of `names`, in order.
+
+    Raises:
+      ValueError: naming the first task that differs.
+    """
+    for folder in sorted((Path(workdir) / "tasks").glob("[0-9][0-9]-*")):
+        index, name = int(folder.name[:2]), folder.name[3:]
+        if index >= len(names) or names[index] != name:
+            now = names[index] if index < len(names) else "nothing"
+            raise ValueError(
+                f"{folder}: task {index + 1} of this run is {name}, but config.task_order has {now} there. New "
+                "tasks go at the end of the order; for another order use a new --workdir."
+            )
 
 
 def abstract_like(tree: Any) -> Any:
@@ -120,6 +137,13 @@ def has_committed(folder: Path) -> bool:
     return (Path(folder) / "committed").is_dir()
 
 
+def saved_capacity(folder: Path) -> int:
+    """The number of slots in the bank that a committed task's checkpoint holds."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(Path(folder).absolute() / "committed").item_metadata.tree
+    return tree["['keys']"].shape[0]
+
+
 def save_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> None:
     """Saves the state after a task; returns when it is on disk."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -136,9 +160,9 @@ def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[
     wanted = abstract_like(committed(frozen, trainable))
     _check(where, wanted)
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(where, _plain(wanted))
+        tree = _like(wanted, checkpointer.restore(where, _plain(wanted)))
     frozen = frozen.replace(bank=tree["bank"], keys=tree["keys"], targets=tree["targets"])
-    return frozen, _like(trainable, tree["trainable"])
+    return frozen, tree["trainable"]
 
 
 def _plain(tree: Any) -> Any:

@@ -2,12 +2,16 @@
 
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from configs import common
+from sapt_jax.metrics import REFERENCE_CHOICES
+from sapt_jax.models.loading import DTYPES
+from sapt_jax.optimization import SCHEDULES
 from sapt_jax.run_log import to_jsonable, write_text_atomically
 
 POSITIVE = (
@@ -41,15 +45,22 @@ NOT_NEGATIVE = (
     "train.patience",
     "train.checkpoint_every_steps",
     "optimizer.learning_rate",
+    "optimizer.attention_after_epochs",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
 )
+# Settings that would otherwise be found wrong only after the run has begun.
+CHOICES = {
+    "model.dtype": tuple(DTYPES),
+    "model.param_dtype": tuple(DTYPES),
+    "optimizer.schedule": SCHEDULES,
+    "eval.references": REFERENCE_CHOICES,
+}
 # What may differ between two starts of one run: where things lie, how often it reports, and a longer task order.
 FREE_ON_RESUME = (
     "task_order",
     "disabled_tasks",
     "data_dir",
-    "pet.capacity",
     "data.prefetch_threads",
     "data.prefetch_batches",
     "data.buckets",
@@ -57,6 +68,7 @@ FREE_ON_RESUME = (
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "eval.batch_size",
+    "eval.unseen_tasks",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -73,17 +85,24 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def unknown_fields(names: Iterable[str]) -> list[str]:
+    """A sentence for each of the dotted names that `configs/common.py` does not have, with the nearest that it has."""
+    known = flatten(common.get_config())
+    problems = []
+    for name in sorted(set(names) - known.keys()):
+        near = difflib.get_close_matches(name, known, n=1)
+        problems.append(f"config.{name} is not a setting." + (f" Did you mean config.{near[0]}?" if near else ""))
+    return problems
+
+
 def check_config(config: Any) -> None:
-    """Checks field names against `configs/common.py`, and ranges.
+    """Checks field names against `configs/common.py`, ranges, and choices.
 
     Raises:
       ValueError: lists every field at fault and what to do.
     """
     known, given = flatten(common.get_config()), flatten(config)
-    problems = []
-    for name in sorted(given.keys() - known.keys()):
-        near = difflib.get_close_matches(name, known, n=1)
-        problems.append(f"config.{name} is not a setting." + (f" Did you mean config.{near[0]}?" if near else ""))
+    problems = unknown_fields(given)
     problems += [f"config.{name} is missing; configs/common.py has it." for name in sorted(known.keys() - given.keys())]
     for names, valid, wanted in (
         (POSITIVE, lambda x: x > 0, "positive"),
@@ -92,8 +111,13 @@ def check_config(config: Any) -> None:
         problems += [
             f"config.{name}={given[name]} must be {wanted}."
             for name in names
-            if name in given and not valid(given[name])
+            if name in given and (given[name] is None or not valid(given[name]))
         ]
+    problems += [
+        f"config.{name}={given[name]!r} is unknown; choose one of {', '.join(choices)}."
+        for name, choices in CHOICES.items()
+        if name in given and given[name] not in choices
+    ]
     if not problems and config.train.batch_size % config.train.accumulation:
         problems.append(
             f"config.train.batch_size={config.train.batch_size} is not a multiple of "

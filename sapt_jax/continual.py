@@ -10,10 +10,10 @@ import numpy as np
 
 from sapt_jax import checkpoints, metrics, partitioning, run_log, terminal
 from sapt_jax.config import check_config, check_same_run
-from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES
+from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES, resolve_task_order
 from sapt_jax.fit import fit
 from sapt_jax.learner import Learner, build
-from sapt_jax.state import Frozen, Trainable, commit
+from sapt_jax.state import Frozen, Trainable, commit, grow
 
 commit_task = jax.jit(commit)
 
@@ -31,14 +31,20 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
     check_config(config)
     mesh = partitioning.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
-        learner, frozen = build(config, mesh)
+        learner, base = build(config, mesh)
         check_same_run(config, workdir)
-        return _run_tasks(config, learner, frozen, workdir)
+        checkpoints.check_order(workdir, learner.stream.names)
+        return _run_tasks(config, learner, base, workdir)
 
 
-def _run_tasks(config: Any, learner: Learner, frozen: Frozen, workdir: Path) -> dict[str, Any]:
+def _run_tasks(config: Any, learner: Learner, base: Any, workdir: Path) -> dict[str, Any]:
     names = learner.stream.names
     folders = [checkpoints.task_folder(workdir, index, name) for index, name in enumerate(names)]
+    disabled = _disabled_tasks(config, names, folders)
+    # What a withdrawn task's absence changes lies beside what was found with it, not over it.
+    results = workdir / f"without-{'-'.join(disabled)}" if disabled else workdir
+    capacity = learner.method.capacity(max(len(names), config.pet.capacity))
+    frozen = learner.init_frozen(base, capacity, disabled)
     trainable = None
     matrix = metrics.empty_matrix(len(names))
     console = terminal.make_console()
@@ -47,27 +53,48 @@ def _run_tasks(config: Any, learner: Learner, frozen: Frozen, workdir: Path) -> 
             slot = learner.method.slot_index(index)
             fresh = learner.open_task(config.seed, index, trainable)
             if checkpoints.has_committed(folder):
-                frozen, trainable = checkpoints.load_committed(folder, frozen, fresh)
+                saved = learner.init_frozen(base, checkpoints.saved_capacity(folder), disabled)
+                saved, trainable = checkpoints.load_committed(folder, saved, fresh)
+                frozen = grow(saved, capacity).replace(enabled=frozen.enabled)
             else:
                 trainable = fit(config, learner, frozen, fresh, index, folder, log, console)
                 frozen = commit_task(frozen, trainable, _reflection_target(learner, frozen, trainable, index), slot)
                 checkpoints.save_committed(folder, frozen, trainable)
-            row = [_test(config, learner, frozen, trainable, workdir, index, tested) for tested in range(index + 1)]
+            row = [_test(config, learner, frozen, trainable, results, index, tested) for tested in range(index + 1)]
             matrix = metrics.with_row(matrix, index, row)
             log.log("scores", task_index=index, task=names[index], step=0, scores=row)
-            scores = _write_scores(config, learner, workdir, matrix, frozen)
-            console.print(
-                terminal.score_table(
-                    matrix, names, scores["metric_per_task"], title=f"Scores, {config.method}", width=console.width
-                )
+            unseen = {}
+            if index == len(names) - 1:
+                unseen = {
+                    task.name: _test(config, learner, frozen, trainable, results, index, len(names) + number)
+                    for number, task in enumerate(learner.stream.unseen)
+                }
+            scores = _write_scores(config, learner, results, matrix, frozen, unseen)
+            table = terminal.score_table(
+                matrix, names, scores["metric_per_task"], title=f"Scores, {config.method}", width=console.width
             )
+            console.print(table)
+    for name, score in unseen.items():
+        console.print(f"never trained on: {name} {terminal.format_score(score)}")
     places = {
-        "scores": workdir / "scores.json",
-        "predictions": workdir / "predictions",
+        "scores": results / "scores.json",
+        "predictions": results / "predictions",
         "curves": workdir / "tensorboard",
     }
     console.print(terminal.closing_summary(scores["summary"], places, scores["protocol"]))
     return scores
+
+
+def _disabled_tasks(config: Any, names: tuple[str, ...], folders: list[Path]) -> tuple[str, ...]:
+    disabled = resolve_task_order(config.disabled_tasks, config.benchmark) if config.disabled_tasks else ()
+    for name in disabled:
+        if name not in names:
+            raise ValueError(f"config.disabled_tasks names {name}, which is not in config.task_order.")
+        if not checkpoints.has_committed(folders[names.index(name)]):
+            raise ValueError(
+                f"config.disabled_tasks names {name}, which this run has not learned: take it out of the order."
+            )
+    return disabled
 
 
 def _resume_point(folders: list[Path]) -> tuple[int, int] | None:
@@ -88,21 +115,25 @@ def _reflection_target(learner: Learner, frozen: Frozen, trainable: Trainable, t
 
 
 def _test(
-    config: Any, learner: Learner, frozen: Frozen, trainable: Trainable, workdir: Path, task_index: int, tested: int
+    config: Any, learner: Learner, frozen: Frozen, trainable: Trainable, results: Path, task_index: int, tested: int
 ) -> float:
-    """The score on task `tested` after training `task_index`, from its predictions file where there is one."""
-    names = learner.stream.names
-    file = run_log.predictions_file(workdir, names, task_index, tested)
+    """The score on task `tested` after training `task_index`, from its predictions file where there is one.
+
+    Unseen tasks are counted on after the last task.
+    """
+    tasks = learner.stream.tasks + learner.stream.unseen
+    names = [task.name for task in tasks]
+    file = run_log.predictions_file(results, names, task_index, tested)
     if file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines()
         return float(np.mean([json.loads(line)["score"] for line in lines]))
-    task = learner.stream.tasks[tested]
+    task = tasks[tested]
     texts, weights = learner.predict(frozen, trainable, task.test, learner.method.slot_index(task_index))
     scores = metrics.score_instances(
         texts, task.task.test, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
     )
     run_log.write_predictions(
-        workdir,
+        results,
         task_order=names,
         task_index=task_index,
         tested_index=tested,
@@ -114,30 +145,34 @@ def _test(
     return float(scores.mean())
 
 
-def _write_scores(config: Any, learner: Learner, workdir: Path, matrix: np.ndarray, frozen: Frozen) -> dict[str, Any]:
+def _write_scores(
+    config: Any, learner: Learner, results: Path, matrix: np.ndarray, frozen: Frozen, unseen: dict[str, float]
+) -> dict[str, Any]:
     names = learner.stream.names
-    summary = metrics.summarise(metrics.finished_part(matrix), None)
-    extra = {"reflection_targets": frozen.targets, "buckets": learner.stream.buckets}
-    categories = {name: category for category, members in SUPERNI_CATEGORIES.items() for name in members}
-    if set(names) <= set(categories):
-        last = dict(zip(names, metrics.finished_part(matrix)[-1], strict=False))
-        extra["category_scores"] = metrics.mean_by_category(last, categories)
-    run_log.write_scores(
-        workdir,
-        method=config.method,
-        task_order=names,
-        metric_per_task={task.name: task.task.metric for task in learner.stream.tasks},
-        matrix=matrix,
-        summary=summary,
-        seeds={"seed": config.seed, "data.seed": config.data.seed},
-        protocol={
+    finished = metrics.finished_part(matrix)
+    scores = {
+        "method": config.method,
+        "task_order": names,
+        "metric_per_task": {task.name: task.task.metric for task in learner.stream.tasks},
+        "matrix": matrix,
+        "summary": metrics.summarise(finished, None),
+        "seeds": {"seed": config.seed, "data.seed": config.data.seed},
+        "protocol": {
             "dev_is_test": config.data.dev_is_test,
             "pool_padding": config.attention.pool_padding,
             "truncation": config.data.truncation,
             "references": config.eval.references,
             "max_new_tokens": config.eval.max_new_tokens,
+            "disabled_tasks": config.disabled_tasks,
         },
-        config=config,
-        **extra,
-    )
-    return run_log.read_scores(workdir)
+        "reflection_targets": frozen.targets,
+        "buckets": learner.stream.buckets,
+        "unseen": unseen,
+        "config": config,
+    }
+    categories = {name: category for category, members in SUPERNI_CATEGORIES.items() for name in members}
+    if set(names) <= set(categories):
+        last = dict(zip(names, finished[-1], strict=False))
+        scores["category_scores"] = metrics.mean_by_category(last, categories)
+    run_log.write_scores(results, **scores)
+    return scores

@@ -1,5 +1,6 @@
 """One task: from its fresh slot to the trainable tree that scored best on dev."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,35 +61,34 @@ def fit(
     if (saved := checkpoints.restore(state)) is not None:
         state, best, loop = saved
     slot_index = learner.method.slot_index(task_index)
-    scalars = replicate(TaskScalars(*np.array([task_index, slot_index, steps], np.int32)), learner.mesh)
+    attention_from = round(config.optimizer.attention_after_epochs * per_epoch)
+    scalars = replicate(TaskScalars(*np.array([task_index, slot_index, steps, attention_from], np.int32)), learner.mesh)
     pools = learner.pools(frozen, task_index)
     place = f"task {task_index + 1}/{len(learner.stream.tasks)} {task.name}"
     with TrainingProgress(console, place, steps, first_step=loop.step) as progress:
-        curves = _Curves(config, task, task_index, slot_index, steps, log, progress)
+        curves = _Curves(config, task, task_index, slot_index, log, progress)
         for batch in _batches(config, learner, task, task_index, loop.step, steps) if not loop.finished else ():
             state, metrics = learner.train_step(frozen, state, batch, pools, scalars)
             step = loop.step + 1
-            finished = step == steps
-            curves.add(step, metrics, flush=finished)
-            loop = _replace(loop, step=step, finished=finished)
-            evaluate = finished or step % (config.train.eval_every_epochs * per_epoch) == 0
+            curves.add(step, metrics)
+            loop = dataclasses.replace(loop, step=step, finished=step == steps)
+            evaluate = loop.finished or step % (config.train.eval_every_epochs * per_epoch) == 0
             if evaluate and len(task.dev):
                 score = _dev_score(config, learner, frozen, state.trainable, task, slot_index)
                 loop = _after_evaluation(loop, score, config.train.patience)
                 log.log("dev", task_index=task_index, task=task.name, step=step, score=score, best=loop.best_score)
-            if loop.best_step == step or not len(task.dev):
+            if loop.best_step == step:
                 best = jax.tree.map(jnp.copy, state.trainable)
+            elif not len(task.dev):
+                best = state.trainable
             every = config.train.checkpoint_every_steps
-            if evaluate or loop.finished or (every and step % every == 0):
+            if evaluate or (every and step % every == 0):
                 checkpoints.save(state, best, loop)
             if loop.finished:
                 break
+        curves.close()
     checkpoints.close()
     return best
-
-
-def _replace(loop: Loop, **changes: Any) -> Loop:
-    return Loop(**{**vars(loop), **changes})
 
 
 def _after_evaluation(loop: Loop, score: float, patience: int) -> Loop:
@@ -137,25 +137,35 @@ class _Curves:
         task: EncodedTask,
         task_index: int,
         slot_index: int,
-        steps: int,
         log: RunLog,
         progress: TrainingProgress,
     ):
         self._every = config.train.log_every_steps
-        self._task, self._task_index, self._slot, self._steps = task, task_index, slot_index, steps
+        self._task, self._task_index, self._slot = task, task_index, slot_index
         self._log, self._progress = log, progress
         self._filling: list[tuple[int, Any]] = []
         self._full: list[tuple[int, Any]] = []
-        self._gate_open = task_index == 0
+        # Where no step was taken there is nothing to warn of.
+        self._gate_open = True
 
-    def add(self, step: int, metrics: Any, flush: bool) -> None:
+    def add(self, step: int, metrics: Any) -> None:
+        """Takes the metrics of a step, arrays on the device, and writes the interval before the one it completes."""
         self._filling.append((step, metrics))
         if step % self._every == 0:
             self._write(self._full)
             self._full, self._filling = self._filling, []
-        if flush:
-            self._write(self._full)
-            self._write(self._filling)
+
+    def close(self) -> None:
+        """Writes what is left, and warns where the new slot was never used."""
+        self._write(self._full)
+        self._write(self._filling)
+        if not self._gate_open:
+            logging.getLogger(__name__).warning(
+                "%s: the mean attention on the new slot stayed under %.0f%%, so older blocks learned the task. Raise "
+                "config.optimizer.attention_after_epochs or config.optimizer.query_projection_learning_rate, or lower config.kl_ratio.",
+                self._task.name,
+                100 * CLOSED_GATE,
+            )
 
     def _write(self, interval: list[tuple[int, Any]]) -> None:
         if not interval:
@@ -166,11 +176,4 @@ class _Curves:
         mean = {name: np.mean([metrics[name] for metrics in fetched], axis=0) for name in fetched[0]}
         self._log.log("train", task_index=self._task_index, task=self._task.name, step=step, **mean)
         self._progress.update(step, tokens=tokens, loss=mean["loss"])
-        self._gate_open |= mean["attention"][self._slot] >= CLOSED_GATE
-        if step == self._steps and not self._gate_open:
-            logging.getLogger(__name__).warning(
-                "%s: the mean attention on the new slot stayed under %.0f%%: the task was learned by older blocks. "
-                "Raise config.optimizer.key_learning_rate or query_projection_learning_rate, or lower config.kl_ratio.",
-                self._task.name,
-                100 * CLOSED_GATE,
-            )
+        self._gate_open = mean["attention"][self._slot] >= CLOSED_GATE

@@ -49,6 +49,18 @@ class Learner:
         trainable = self.method.open_task(rng, self.model.pet_sites(config), config.d_model, previous)
         return partitioning.replicate(trainable, self.mesh)
 
+    def init_frozen(self, base: Any, capacity: int, disabled: tuple[str, ...]) -> Frozen:
+        """An empty bank of `capacity` slots around the pretrained model, less the slots of withdrawn tasks."""
+        shape = self.model.config
+        enabled = np.ones((capacity,), bool)
+        for index, name in enumerate(self.stream.names):
+            # A slot that is yet to be trained counts in a bank that is smaller than the stream.
+            if name in disabled and self.method.slot_index(index) < capacity:
+                enabled[self.method.slot_index(index)] = False
+        frozen = init_frozen(None, self.model.pet_sites(shape), self.method.rank, shape.d_model, capacity)
+        frozen = partitioning.replicate(frozen.replace(enabled=enabled), self.mesh)
+        return frozen.replace(base=base)
+
     def predict(
         self, frozen: Frozen, trainable: Trainable, split: EncodedSplit, slot_index: int
     ) -> tuple[tuple[str, ...], np.ndarray]:
@@ -101,13 +113,19 @@ def make_method(config: Any) -> Method:
     )
 
 
-def build(config: Any, mesh: Mesh) -> tuple[Learner, Frozen]:
-    """Reads model and data, and builds the jitted functions and an empty bank.
+def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
+    """Reads model and data, and builds the jitted functions.
+
+    Returns:
+      The learner, and the base parameters.
 
     Raises:
       ValueError or FileNotFoundError: naming the file or config field at fault.
     """
     method = make_method(config)
+    partitioning.check_batch_sizes(
+        {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size}, mesh
+    )
     model_options = config.model
     tokenizer = load_tokenizer(model_options.tokenizer or resolve_path(model_options.path))
     model, base = load_model(
@@ -157,8 +175,4 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Frozen]:
         weights=make_weights_step(model, method),
         pooled=jax.jit(functools.partial(pooled_source, model, method)),
     )
-    capacity = method.capacity(max(len(stream.tasks), config.pet.capacity))
-    frozen = init_frozen(base, model.pet_sites(shape), config.pet.rank, shape.d_model, capacity)
-    return learner, frozen.replace(
-        **partitioning.replicate({name: getattr(frozen, name) for name in ("bank", "keys", "targets", "enabled")}, mesh)
-    )
+    return learner, base

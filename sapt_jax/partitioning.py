@@ -37,8 +37,9 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    fixed = int(np.prod([n for n in shape if n != -1]))
-    if shape.count(-1) > 1 or fixed <= 0 or len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
+    given = [n for n in shape if n != -1]
+    fixed = int(np.prod(given))
+    if shape.count(-1) > 1 or min(given) < 1 or len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
         raise ValueError(
             f"config.mesh {dict(zip(AXES, shape, strict=True))} does not fit {len(devices)} device(s): the sizes must "
             "multiply to that number, and at most one may be -1."
@@ -51,7 +52,7 @@ def abstract_params(model: nn.Module, mesh: Mesh, dtype: Any) -> Any:
     """The base tree of a model as `jax.ShapeDtypeStruct`s in `dtype`, each with its sharding.
 
     Raises:
-      ValueError: names every parameter that has a logical axis without a rule.
+      ValueError: names every parameter that has a logical axis without a rule, or a size that the mesh does not divide.
     """
     example = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((1, 2), np.bool_)
 
@@ -70,7 +71,34 @@ def abstract_params(model: nn.Module, mesh: Mesh, dtype: Any) -> Any:
     if unruled:
         raise ValueError("no sharding rule in partitioning.RULES for " + "; ".join(unruled))
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    named = jax.tree_util.tree_leaves_with_path(shapes)
+    indivisible = [
+        f"{jax.tree_util.keystr(path)}: {size} over {axis}={mesh.shape[axis]}"
+        for (path, x), sharding in zip(named, jax.tree.leaves(shardings), strict=True)
+        for axis, size in zip(sharding.spec, x.shape, strict=False)
+        if axis is not None and size % mesh.shape[axis]
+    ]
+    if indivisible:
+        raise ValueError("config.mesh does not divide the model's sizes; choose other ones: " + "; ".join(indivisible))
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), shapes, shardings)
+
+
+def check_batch_sizes(sizes: dict[str, int], mesh: Mesh) -> None:
+    """Checks that batches split evenly over the mesh.
+
+    Args:
+      sizes: {field of the config: rows of its global batches}.
+
+    Raises:
+      ValueError: names every field whose value does not.
+    """
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    problems = [f"config.{field}={size}" for field, size in sizes.items() if size % shards]
+    if problems:
+        raise ValueError(
+            f"{' and '.join(problems)}: batches are split over {shards} devices (config.mesh.data * config.mesh.fsdp); "
+            "choose a multiple of that number."
+        )
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -83,6 +83,17 @@ def write_slot(bank: Any, slot: Any, task_index: jax.Array) -> Any:
     return jax.tree_util.tree_map_with_path(write, bank, slot)
 
 
+def grow(bank: Any, capacity: int) -> Any:
+    """The bank with empty slots appended up to `capacity`; what it holds stays as it is."""
+
+    def append(path, stored):
+        axis = _task_axis(path)
+        room = [(0, capacity - stored.shape[axis]) if i == axis else (0, 0) for i in range(stored.ndim)]
+        return jnp.pad(stored, room)
+
+    return jax.tree_util.tree_map_with_path(append, bank)
+
+
 def read_slot(bank: Any, task_index: jax.Array | int) -> Any:
     """The block stored at position `task_index` of the bank."""
     return jax.tree_util.tree_map_with_path(

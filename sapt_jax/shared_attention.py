@@ -67,11 +67,12 @@ def log_weights(query: jax.Array, keys: jax.Array, active: jax.Array, temperatur
     Args:
       query: [..., D].
       keys: [T, D].
-      active: [T] bool, the slots that take part; all others get -inf.
+      active: [T] bool, the slots that take part; all others get -inf, and where none takes part all do.
       temperature: multiplies sqrt(D); 1 in all of the paper's runs.
 
     Returns:
       [..., T] float32.
     """
     scores = query @ keys.T / (temperature * keys.shape[-1] ** 0.5)
-    return jax.nn.log_softmax(jnp.where(active, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(active, scores, -jnp.inf)
+    return jnp.where(active.any(), jax.nn.log_softmax(scores, axis=-1), -jnp.inf)

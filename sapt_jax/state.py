@@ -62,6 +62,17 @@ def commit(frozen: Frozen, trainable: Trainable, target: jax.Array, slot_index: 
     return frozen.replace(bank=bank, keys=keys, targets=targets)
 
 
+def grow(frozen: Frozen, capacity: int) -> Frozen:
+    """The frozen tree with empty slots appended up to `capacity`; nothing already learned changes."""
+    room = capacity - frozen.keys.shape[0]
+    return frozen.replace(
+        bank=pet.grow(frozen.bank, capacity),
+        keys=jnp.pad(frozen.keys, ((0, room), (0, 0))),
+        targets=jnp.pad(frozen.targets, ((0, room), (0, room))),
+        enabled=jnp.pad(frozen.enabled, (0, room), constant_values=True),
+    )
+
+
 def active_slots(frozen: Frozen, slot_index: jax.Array) -> jax.Array:
     """[T] bool: slots learned so far, the current one included, less those withdrawn."""
     return (jnp.arange(frozen.keys.shape[0]) <= slot_index) & frozen.enabled

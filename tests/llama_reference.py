@@ -68,9 +68,7 @@ def make_batch(seed, rows=3, source_length=17, target_length=7, vocab=VOCAB):
         lengths = np.concatenate([[length], rng.integers(2, length, rows - 1)])
         mask = np.arange(length) < lengths[:, None]
         mask = mask[:, ::-1] if backwards else mask
-        return np.where(mask, rng.integers(2, vocab, (rows, length)), 0).astype(
-            np.int32
-        ), np.ascontiguousarray(mask)
+        return np.where(mask, rng.integers(2, vocab, (rows, length)), 0).astype(np.int32), np.ascontiguousarray(mask)
 
     (source, source_mask), (target, target_mask) = ids(source_length, True), ids(target_length, False)
     return {"source": source, "source_mask": source_mask, "target": target, "target_mask": target_mask}

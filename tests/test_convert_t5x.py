@@ -43,9 +43,7 @@ def make_params(seed, gated=True, tied=False, bias_per_layer=False, dtype=np.flo
     for stack, layers in (("encoder", ENCODER_LAYERS), ("decoder", DECODER_LAYERS)):
         of_layer = dict(mlp) | {f"{norm}/scale": (WIDTH,) for norm in norms[stack]}
         for attention in attentions[stack]:
-            of_layer |= {
-                f"{attention}/{kernel}/kernel": (WIDTH, INNER) for kernel in ("query", "key", "value")
-            }
+            of_layer |= {f"{attention}/{kernel}/kernel": (WIDTH, INNER) for kernel in ("query", "key", "value")}
             of_layer[f"{attention}/out/kernel"] = (INNER, WIDTH)
         sizes |= {f"{stack}/layers/{name}": (layers, *shape) for name, shape in of_layer.items()}
         sizes[f"{stack}/{stack}_norm/scale"] = (WIDTH,)
@@ -245,9 +243,7 @@ def test_checkpoint_of_another_size_names_both_sides(tmp_path, layout):
     target["token_embedder"]["embedding"] = jax.ShapeDtypeStruct((VOCAB + 1, WIDTH), jnp.float32)
     with pytest.raises(ValueError) as error:
         load_pretrained(path, target)
-    assert f"token_embedder/embedding is ({VOCAB}, {WIDTH}), the model needs ({VOCAB + 1}, {WIDTH})" in str(
-        error.value
-    )
+    assert f"token_embedder/embedding is ({VOCAB}, {WIDTH}), the model needs ({VOCAB + 1}, {WIDTH})" in str(error.value)
     assert str(path) in str(error.value)
 
 
@@ -387,8 +383,6 @@ def test_real_checkpoint_matches_pytorch(name):
             attention_mask=torch.tensor(source_mask).long(),
             labels=torch.tensor(target),
         ).logits.numpy()
-    got = model_of(REAL[name]).apply(
-        {"params": params}, source, source_mask, target, np.ones_like(target, bool)
-    )
+    got = model_of(REAL[name]).apply({"params": params}, source, source_mask, target, np.ones_like(target, bool))
     assert np.std(want) > 0.01
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)

@@ -185,9 +185,7 @@ def test_remat_changes_no_gradient(small):
 
 
 def test_unknown_remat_is_an_error():
-    with pytest.raises(
-        ValueError, match="config.model.remat='all' is unknown; choose 'none', 'full' or 'dots'"
-    ):
+    with pytest.raises(ValueError, match="config.model.remat='all' is unknown; choose 'none', 'full' or 'dots'"):
         abstract_params(Llama(CONFIG, jnp.float32, "all"))
 
 
@@ -213,9 +211,7 @@ def test_mixture_equals_merged_kernels(small):
         a, b = (np.asarray(block[name], np.float64) for name in ("a", "b"))
         delta = sum(w * (4.0 / 2) * a[:, :, t] @ b[:, t] for t, w in enumerate(weights))
         kernel = merged["decoder"]["layers"]["self_attention"][projection]["kernel"]
-        merged["decoder"]["layers"]["self_attention"][projection]["kernel"] = (kernel + delta).astype(
-            np.float32
-        )
+        merged["decoder"]["layers"]["self_attention"][projection]["kernel"] = (kernel + delta).astype(np.float32)
     mixture = pet.mix(bank, jnp.tile(jnp.asarray(weights, jnp.float32), (3, 1)), alpha=4.0)
     want = logits_of(model, merged, batch)
     assert np.abs(want - logits_of(model, params, batch)).max() > 0.1
@@ -242,9 +238,7 @@ def test_config_reader_gives_the_shape():
     assert llama_config_from_hf(GOOD) == CONFIG
     plain = {name: value for name, value in GOOD.items() if name not in ("num_key_value_heads", "head_dim")}
     config = llama_config_from_hf({**plain, "tie_word_embeddings": True, "hidden_act": "gelu"})
-    assert config == dataclasses.replace(
-        CONFIG, num_kv_heads=4, head_dim=4, tie_embeddings=True, activation="gelu"
-    )
+    assert config == dataclasses.replace(CONFIG, num_kv_heads=4, head_dim=4, tie_embeddings=True, activation="gelu")
 
 
 def test_config_reader_takes_both_forms_of_rope_scaling():
@@ -310,9 +304,7 @@ def test_every_activation_is_transformers_own():
     x = np.linspace(-4, 4, 101, dtype=np.float32)
     for name, activation in ACTIVATIONS.items():
         assert llama_config_from_hf({**GOOD, "hidden_act": name}).activation == name
-        np.testing.assert_allclose(
-            activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)).numpy(), atol=1e-6
-        )
+        np.testing.assert_allclose(activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,7 @@ def test_buckets_match_transformers():
     distance = np.arange(-400, 401)
     for buckets, max_distance in ((32, 128), (8, 20), (4, 128), (32, 256)):
         for bidirectional in (True, False):
-            want = T5Attention._relative_position_bucket(
-                torch.tensor(distance), bidirectional, buckets, max_distance
-            )
+            want = T5Attention._relative_position_bucket(torch.tensor(distance), bidirectional, buckets, max_distance)
             got = relative_buckets(jnp.asarray(distance), bidirectional, buckets, max_distance)
             np.testing.assert_array_equal(got, want.numpy())
 
@@ -146,9 +144,7 @@ def test_rows_do_not_see_each_other():
     model, params = make_model(CONFIG, seed=5)
     batch = make_batch(seed=6, vocab=31)
     alone = {name: array[1:2] for name, array in batch.items()}
-    np.testing.assert_allclose(
-        logits_of(model, params, alone)[0], logits_of(model, params, batch)[1], atol=2e-5
-    )
+    np.testing.assert_allclose(logits_of(model, params, alone)[0], logits_of(model, params, batch)[1], atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -249,9 +245,7 @@ class WrittenOut:
         c, table = self.config, self.params[stack]["relpos_bias"]["rel_embedding"]
         table = table[layer] if c.bias_per_layer else table
         distance = np.arange(length)[None, :] - np.arange(length)[:, None]
-        buckets = relative_buckets(
-            jnp.asarray(distance), bidirectional, c.relative_buckets, c.relative_max_distance
-        )
+        buckets = relative_buckets(jnp.asarray(distance), bidirectional, c.relative_buckets, c.relative_max_distance)
         return table[:, np.asarray(buckets)]
 
     def logits(self, batch):

@@ -77,8 +77,10 @@ def make_pools(seed, tasks=TASKS):
     return Pools(jnp.asarray(pooled), jnp.ones((tasks,), jnp.int32))
 
 
-def scalars(index, slot=None, steps=10):
-    return TaskScalars(*(jnp.asarray(x, jnp.int32) for x in (index, index if slot is None else slot, steps)))
+def scalars(index, slot=None, steps=10, attention_from=0):
+    return TaskScalars(
+        *(jnp.asarray(x, jnp.int32) for x in (index, index if slot is None else slot, steps, attention_from))
+    )
 
 
 def run_step(method, frozen, trainable, batch, pools, task_index, accumulation=1, optimizer=None):
@@ -230,6 +232,29 @@ def test_filler_rows_do_not_count():
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
     np.testing.assert_allclose(found["attention"], expected["attention"], rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), second, first)
+
+
+def test_attention_waits_for_its_step():
+    frozen, trainable = make_state(25)
+    batch, pools, optimizer = (
+        make_batch(26),
+        make_pools(27),
+        make_optimizer(1e-2, None, None, 0.9, 0.999, 1e-8, 0.0, 1.0),
+    )
+    step = make_train_step(MODEL, METHOD, optimizer, lambda step, total: 1.0, 1, 0)
+    state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+    trees = [jax.tree.map(np.array, trainable)]
+    for _ in range(2):
+        state, _ = step(frozen, state, batch, pools, scalars(2, attention_from=1))
+        trees.append(jax.tree.map(np.array, state.trainable))
+
+    def attention(tree):
+        return jax.tree.leaves((tree.key, tree.query_projection))
+
+    for before, held, moved in zip(*map(attention, trees), strict=True):
+        np.testing.assert_array_equal(before, held)
+        assert np.any(held != moved)
+    assert all(np.any(x != y) for x, y in zip(*(jax.tree.leaves(tree.slot) for tree in trees[:2]), strict=True))
 
 
 def test_one_compile_for_five_tasks():

@@ -71,9 +71,7 @@ def _hf_stack(stack: str, sublayers: tuple[tuple[str, str, str], ...], per_layer
             ]
         else:
             rules += [
-                Rule(
-                    f"{ours}/{module}/{kernel}/kernel", f"{block}.{place}.{name}.{letter}.weight", _TRANSPOSE
-                )
+                Rule(f"{ours}/{module}/{kernel}/kernel", f"{block}.{place}.{name}.{letter}.weight", _TRANSPOSE)
                 for kernel, letter in _PROJECTIONS.items()
             ]
     return rules
@@ -116,9 +114,7 @@ def t5x_table(config: Mapping[str, Any]) -> Table:
     for stack, sublayers in _STACKS.items():
         leaves = [f"{norm}/scale" for _, norm, _ in sublayers]
         leaves += [f"mlp/{kernel}/kernel" for kernel in ("wi", "wi_0", "wi_1", "wo")]
-        leaves += [
-            f"{module}/{kernel}/kernel" for module, _, name in sublayers if name for kernel in _PROJECTIONS
-        ]
+        leaves += [f"{module}/{kernel}/kernel" for module, _, name in sublayers if name for kernel in _PROJECTIONS]
         rules += [Rule(f"{stack}/layers/{leaf}", f"{stack}/{layer}/{leaf}") for leaf in leaves]
         rules.append(Rule(f"{stack}/{stack}_norm/scale", f"{stack}/{stack}_norm/scale"))
         bias = "relpos_bias/rel_embedding"

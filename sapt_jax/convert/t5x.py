@@ -80,9 +80,7 @@ def open_checkpoint(path: Path) -> ArraySource:
     """
     file, folder = (path / INDEX, path) if path.is_dir() else (path, path.parent)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{path} holds no T5X checkpoint: give the folder with the file {INDEX!r} in it"
-        )
+        raise FileNotFoundError(f"{path} holds no T5X checkpoint: give the folder with the file {INDEX!r} in it")
     try:
         index = flax.serialization.msgpack_restore(file.read_bytes())
     except Exception as error:
@@ -91,9 +89,7 @@ def open_checkpoint(path: Path) -> ArraySource:
     target = state.get("target") if isinstance(state, Mapping) else None
     if not isinstance(target, Mapping):
         held = ", ".join(sorted(map(str, state))) or "nothing"
-        raise ValueError(
-            f"{file} has no optimizer/target with parameters (it holds {held}): is it a T5X checkpoint?"
-        )
+        raise ValueError(f"{file} has no optimizer/target with parameters (it holds {held}): is it a T5X checkpoint?")
     arrays = _open_arrays(folder, dict(_flatten(target)))
     as_bfloat16 = int(index.get("version", _VERSION)) < _VERSION
     return ArraySource(str(path), _share_bias(_in_our_axes(arrays, as_bfloat16)))
@@ -229,9 +225,7 @@ def _open_arrays(folder: Path, leaves: dict[str, Any]) -> dict[str, Any]:
         opened[name] = tensorstore.open(spec, read=True, context=context)
     if absent:
         raise FileNotFoundError(f"{folder} lacks arrays that its index lists: {', '.join(sorted(absent))}")
-    return {
-        name: one.result() if isinstance(one, tensorstore.Future) else one for name, one in opened.items()
-    }
+    return {name: one.result() if isinstance(one, tensorstore.Future) else one for name, one in opened.items()}
 
 
 def _in_our_axes(arrays: Mapping[str, Any], as_bfloat16: bool) -> dict[str, StoredArray]:

@@ -257,7 +257,7 @@ def load_task(
       source: a key of `SOURCES`, or "" for the benchmark's usual one.
       data_dir: the data folder; None or "" reads SAPT_DATA_DIR.
       seed: of the cuts and samples (not of training, so that runs with several seeds share their splits).
-      on_bad_instance: "error", "skip" or "keep", see `task.read_instances`.
+      on_bad_instance: "error", "skip_empty", "skip" or "keep", see `task.read_instances`.
     Raises: ValueError or FileNotFoundError naming the file, the row or the setting at fault.
     """
     chosen = _choose(BENCHMARKS, benchmark, "benchmark")
@@ -265,7 +265,10 @@ def load_task(
     task = read(name, chosen, data_dir, on_bad_instance, seed)
     for split in ("train", "test"):
         if not getattr(task, split):
-            raise ValueError(f"{name}: its {split} split is empty (source {source or chosen.source!r}).")
+            raise ValueError(
+                f"{name}: its {split} split is empty (source {source or chosen.source!r}). Fill it, or take the task "
+                "out of config.task_order."
+            )
     task = dataclasses.replace(task, metric=chosen.metric or task.metric, prompt=chosen.prompt or task.prompt)
     report_problems(task, on_bad_instance)
     return cut_splits(
@@ -298,7 +301,7 @@ def load_unseen_task(
         parent="CL_Benchmark_unseen",
     )
     if not task.test:
-        raise ValueError(f"{name}: its test split is empty.")
+        raise ValueError(f"{name}: its test split is empty. Fill it, or take the task out of config.eval.unseen_tasks.")
     report_problems(task, on_bad_instance)
     test = _sample(task.test, max_test, task_rng(seed, name, "test"))
     return dataclasses.replace(task, test=test, metric=chosen.metric, prompt=chosen.prompt)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sapt_jax.data.benchmarks import BENCHMARKS, load_task, resolve_data_dir, resolve_task_order
+from sapt_jax.data.benchmarks import BENCHMARKS, load_task, load_unseen_task, resolve_data_dir, resolve_task_order
 from sapt_jax.data.buckets import Bucket, check_buckets, choose_buckets
 from sapt_jax.data.encoding import EncodedSplit, encode_split
 from sapt_jax.data.prompts import EncodingRules
@@ -32,9 +32,10 @@ class EncodedTask:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """All tasks of a run in order, and the batch shapes that they share."""
+    """All tasks of a run in order, those that are only tested at its end, and the batch shapes that they share."""
 
     tasks: tuple[EncodedTask, ...]
+    unseen: tuple[EncodedTask, ...]
     buckets: tuple[Bucket, ...]
 
     @property
@@ -71,16 +72,17 @@ def load_stream(config: Any, tokenizer: Tokenizer, padding_side: str) -> Stream:
     rules = encoding_rules(config, tokenizer, padding_side)
     names = resolve_task_order(config.task_order, config.benchmark)
     tasks = tuple(_load_encoded(name, config, tokenizer, rules) for name in names)
+    unseen = tuple(_load_unseen(name, config, tokenizer, rules) for name in split_names(config.eval.unseen_tasks))
     if config.data.buckets:
-        return Stream(tasks, tuple(check_buckets(config.data.buckets)))
-    splits = [split for task in tasks for split in (task.train, task.dev, task.test, task.pseudo) if split]
+        return Stream(tasks, unseen, tuple(check_buckets(config.data.buckets)))
+    splits = [split for task in tasks + unseen for split in (task.train, task.dev, task.test, task.pseudo) if split]
     buckets = choose_buckets(
         np.concatenate([split.lengths for split in splits]),
         max_buckets=config.data.max_buckets,
         source_multiple=config.data.source_multiple,
         target_multiple=config.data.target_multiple,
     )
-    return Stream(tasks, tuple(buckets))
+    return Stream(tasks, unseen, tuple(buckets))
 
 
 def _load_encoded(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:
@@ -99,16 +101,6 @@ def _load_encoded(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingR
         on_bad_instance=data.on_bad_instance,
     )
 
-    def encode(instances):
-        return encode_split(
-            instances,
-            definition=task.definition,
-            template=task.prompt,
-            tokenizer=tokenizer,
-            rules=rules,
-            seed=data.seed,
-        )
-
     samples = load_pseudo_samples(
         task,
         source=config.pseudo_samples.source,
@@ -118,6 +110,34 @@ def _load_encoded(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingR
         seed=data.seed,
     )
     pseudo = samples and encode_pseudo_samples(samples, template=task.prompt, tokenizer=tokenizer, rules=rules)
+    return _encode(task, pseudo, config, tokenizer, rules)
+
+
+def _load_unseen(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:
+    task = load_unseen_task(
+        name,
+        benchmark=config.benchmark,
+        data_dir=config.data_dir,
+        max_test=config.data.max_test,
+        seed=config.data.seed,
+        on_bad_instance=config.data.on_bad_instance,
+    )
+    return _encode(task, None, config, tokenizer, rules)
+
+
+def _encode(
+    task: Task, pseudo: EncodedSplit | None, config: Any, tokenizer: Tokenizer, rules: EncodingRules
+) -> EncodedTask:
+    def encode(instances):
+        return encode_split(
+            instances,
+            definition=task.definition,
+            template=task.prompt,
+            tokenizer=tokenizer,
+            rules=rules,
+            seed=config.data.seed,
+        )
+
     return EncodedTask(task, encode(task.train), encode(task.dev), encode(task.test), pseudo)
 
 

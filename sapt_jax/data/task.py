@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-BAD_INSTANCE_SETTINGS = ("error", "skip", "keep")
+BAD_INSTANCE_SETTINGS = ("error", "skip_empty", "skip", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,7 @@ def read_instances(
         Exception that its reader met, which counts as a fault of that row.
       prefix: ids of rows without an "id" are `{prefix}-{row number}`.
       on_bad_instance: "error" raises ValueError at the first faulty row; "skip" leaves faulty rows out;
+        "skip_empty" leaves rows with an empty input or output out, and raises at rows of the wrong form;
         "keep" keeps rows with an empty input or output as they are, and raises at rows of the wrong form.
       problems: gets one line for each row skipped or kept with a fault.
     """
@@ -118,13 +119,13 @@ def read_instances(
             fault, keepable = _fault(entry)
         if fault:
             message = fault if fault.startswith(where) else f"{where} {fault}"
-            if on_bad_instance == "error" or (on_bad_instance == "keep" and not keepable):
+            if on_bad_instance == "error" or (on_bad_instance in ("skip_empty", "keep") and not keepable):
                 raise ValueError(
                     f"{message.removesuffix(' Mend the file.').rstrip('.')}. Mend the row, or set "
                     f'on_bad_instance="skip" to leave such rows out and count them.'
                 )
             problems.append(message)
-            if on_bad_instance == "skip":
+            if on_bad_instance in ("skip_empty", "skip"):
                 continue
         identifier = str(entry.get("id") or f"{prefix}-{number}")
         instances.append(Instance(identifier, entry["input"], _outputs(entry) or ("",)))

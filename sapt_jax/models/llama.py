@@ -1,7 +1,7 @@
 """A LLaMA-family decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP, `nn.scan` over the layers.
 
-Source and answer are separate arguments. The source is left-padded, so that the answer starts at the same column
-in every row: logits are computed for the answer's positions only, and decoding appends to one column for the whole batch.
+Source and answer are separate arguments. The source is left-padded, so that the answer starts at the same column in
+every row: logits are computed for the answer's positions only, and decoding appends to one column for the whole batch.
 """
 
 from typing import Any

@@ -48,7 +48,10 @@ def read_shape(path: str, variant: str) -> Any:
         config = read_model_config(path)
         if config["model_type"] in CONFIG_READERS:
             return CONFIG_READERS[config["model_type"]](config, f"{path}: config.json")
-        raise ValueError(f"config.model.path={path}: model_type {config['model_type']!r} is not supported.")
+        raise ValueError(
+            f"config.model.path={path}: model_type {config['model_type']!r} is not supported; name a checkpoint of "
+            f"{', '.join(CONFIG_READERS)}."
+        )
     if variant not in VARIANTS:
         raise ValueError(
             f"config.model.path is empty and config.model.variant={variant!r} is not one of "

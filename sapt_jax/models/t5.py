@@ -116,9 +116,7 @@ class EncoderBlock(nn.Module):
         self.pre_mlp_layer_norm = RMSNorm(c.norm_eps, self.dtype)
         self.mlp = _mlp(c, self.dtype)
 
-    def __call__(
-        self, x: jax.Array, blocks: Any, bias: jax.Array, pet: Any, buckets: jax.Array, mask: jax.Array
-    ):
+    def __call__(self, x: jax.Array, blocks: Any, bias: jax.Array, pet: Any, buckets: jax.Array, mask: jax.Array):
         """Applies the layer.
 
         Args:
@@ -362,9 +360,7 @@ class T5(nn.Module):
         cache = Cache(key, value, cross_key, cross_value, source_mask, jnp.ones((), jnp.int32))
         return self.logits(states)[:, 0], cache
 
-    def decode_step(
-        self, tokens: jax.Array, cache: Cache, pet: Mixture | None = None
-    ) -> tuple[jax.Array, Cache]:
+    def decode_step(self, tokens: jax.Array, cache: Cache, pet: Mixture | None = None) -> tuple[jax.Array, Cache]:
         """Appends one token [B] to every row; returns the next logits [B, V] and the cache."""
         states, (key, value), _ = self.decoder(
             self.embed(tokens[:, None]),

@@ -206,7 +206,7 @@ def _t5(d, layers, heads, head_dim, ff, generation, vocab=32128) -> T5Config:
 
 # The 1.1 shapes are also those of the LM-adapted and FLAN checkpoints.
 T5_VARIANTS = {
-    "t5-tiny": _t5(32, 2, 4, 16, 64, "1.1", vocab=256),
+    "t5-tiny": _t5(32, 2, 4, 16, 64, "1.1", vocab=384),
     "t5-small": _t5(512, 6, 8, 64, 2048, "1.0"),
     "t5-base": _t5(768, 12, 12, 64, 3072, "1.0"),
     "t5-large": _t5(1024, 24, 16, 64, 4096, "1.0"),

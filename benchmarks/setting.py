@@ -1,0 +1,86 @@
+"""What both benchmarks share: a model of a config's shape with random weights, a full bank, and a random batch."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from sapt_jax import partitioning
+from sapt_jax.learner import make_method
+from sapt_jax.methods.protocol import Method
+from sapt_jax.models.loading import DTYPES, init_params, make_model, read_shape
+from sapt_jax.state import Frozen, Trainable, init_frozen
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/smollm2_superni.py", "Whose model and PET settings to time."
+)
+ROWS = flags.DEFINE_integer("rows", 8, "Rows of a batch.")
+SOURCE = flags.DEFINE_integer("source", 96, "Source tokens of each row.")
+TARGET = flags.DEFINE_integer("target", 16, "Answer tokens of each row.")
+TASKS = flags.DEFINE_integer("tasks", 15, "Slots in the bank; timed at the first and the last.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls at each of them; the median is printed.")
+DTYPE_NAMES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute and parameter types to time.")
+
+
+def make_setting(config: Any, dtype: str, mesh: Any) -> tuple[Any, Method, Frozen, Trainable]:
+    """(model, method, frozen tree with every slot filled, trainable tree) for a config."""
+    model = make_model(read_shape(config.model.path, config.model.variant), dtype, config.model.remat)
+    base = init_params(model, partitioning.abstract_params(model, mesh, DTYPES[dtype]), seed=0)
+    method = make_method(config)
+    sites, d_model = model.pet_sites(model.config), model.config.d_model
+    rng = np.random.default_rng(0)
+    frozen = init_frozen(None, sites, config.pet.rank, d_model, TASKS.value)
+    frozen = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(x.dtype), frozen)
+    frozen = frozen.replace(enabled=np.ones((TASKS.value,), bool), targets=np.eye(TASKS.value, dtype=np.float32))
+    trainable = method.open_task(jax.random.key(0), sites, d_model, None)
+    frozen, trainable = partitioning.replicate((frozen, trainable), mesh)
+    return model, method, frozen.replace(base=base), trainable
+
+
+def random_batch(vocab_size: int, mesh: Any) -> dict[str, jax.Array]:
+    """A batch without padding."""
+    rng = np.random.default_rng(1)
+    batch = {}
+    for name, length in (("source", SOURCE.value), ("target", TARGET.value)):
+        batch[name] = rng.integers(3, vocab_size, (ROWS.value, length)).astype(np.int32)
+        batch[f"{name}_mask"] = np.ones((ROWS.value, length), bool)
+    return partitioning.place_batch(batch, mesh)
+
+
+def median_seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Median time of each call; the calls take turns, so that a slow spell of the machine hits all of them."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for repeat in range(REPEATS.value + 1):
+        for call, times in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if repeat:
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def megabytes(compiled: Any) -> float:
+    """Peak device memory of a compiled program: arguments, outputs and temporaries, less what is donated."""
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return (total - memory.alias_size_in_bytes) / 2**20
+
+
+def print_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A table of results, with the device that they were measured on."""
+    device = jax.devices()[0]
+    table = Table(
+        title=f"{title}\n{jax.device_count()} x {device.device_kind} ({device.platform})", title_justify="left"
+    )
+    for name in ("type", "task", "ms", "tokens/s", "peak MiB", f"task {TASKS.value} / task 1"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=100, highlight=False).print(table)

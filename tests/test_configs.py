@@ -1,0 +1,127 @@
+"""Every run's config: it builds, fits the model that it names, and has the values of the paper's runs."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import common, paper
+from sapt_jax.config import check_config
+from sapt_jax.data.benchmarks import TASK_ORDERS, resolve_task_order
+from sapt_jax.learner import make_method
+from sapt_jax.models.loading import DTYPES, VARIANTS
+
+FOLDER = Path(common.__file__).parent
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "common", "paper"))
+PAPER = [name for name in NAMES if name.startswith(("t5_", "llama2_")) and name != "t5_tiny"]
+
+# Read off the paper's released scripts; kl_ratio weighs the mean KL over one update's pseudo-samples.
+TABLE = {
+    ("t5", "superni"): {
+        "optimizer.learning_rate": 3e-4, "train.epochs": 100, "train.batch_size": 32, "eval.batch_size": 128,
+        "data.max_source_length": 512, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0, "kl_ratio": 2.0,
+        "pseudo_samples.dir": "lora_gen_superni_t5", "attention.query_init_std": None,
+    },
+    ("t5", "long"): {
+        "optimizer.learning_rate": 3e-4, "train.epochs": 10, "train.batch_size": 32, "eval.batch_size": 128,
+        "data.max_source_length": 512, "data.max_target_length": 50, "pet.rank": 8, "pet.alpha": 32.0, "kl_ratio": 0.2,
+        "pseudo_samples.dir": "lora_gen_long_t5", "attention.query_init_std": None,
+    },
+    ("llama2", "superni"): {
+        "optimizer.learning_rate": 5e-5, "train.epochs": 50, "train.batch_size": 32, "eval.batch_size": 32,
+        "data.max_source_length": 1024, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0, "kl_ratio": 1.0,
+        "pseudo_samples.dir": "lora_gen_superni_llama", "attention.query_init_std": 0.02,
+    },
+    ("llama2", "long"): {
+        "optimizer.learning_rate": 5e-5, "train.epochs": 20, "train.batch_size": 32, "eval.batch_size": 32,
+        "data.max_source_length": 1024, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0, "kl_ratio": 2.0,
+        "pseudo_samples.dir": "lora_gen_long_llama", "attention.query_init_std": 0.02,
+    },
+}  # fmt: skip
+EVERYWHERE = {
+    "optimizer.schedule": "constant", "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0.0,
+    "optimizer.max_grad_norm": 1.0, "optimizer.beta1": 0.9, "optimizer.beta2": 0.999, "optimizer.epsilon": 1e-8,
+    "optimizer.query_projection_learning_rate": None, "attention.query_hidden": 100, "attention.temperature": 1.0,
+    "model.dtype": "bfloat16", "eval.max_new_tokens": 50, "seed": 42, "method": "sapt",
+    "pseudo_samples.source": "files", "train.eval_every_epochs": 5,
+}  # fmt: skip
+
+
+def module_of(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def read(config, name):
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def test_the_promised_configs_are_there():
+    sizes = {"t5": ("large", "xl", "xxl"), "llama2": ("7b", "13b")}
+    promised = {f"{family}_{size}_{run}" for family in sizes for size in sizes[family] for run in ("superni", "long")}
+    assert promised == set(PAPER)
+    assert "t5_tiny" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_consistent(name):
+    c = module_of(name).get_config()
+    check_config(c)
+    make_method(c)
+    if c.benchmark != "demo":
+        assert len(resolve_task_order(c.task_order, c.benchmark)) >= 3
+    assert c.model.dtype in DTYPES and c.model.param_dtype in DTYPES
+    assert bool(c.model.path) != bool(c.model.variant)
+    if not c.model.path.startswith("pypi:"):
+        assert (c.model.variant or Path(c.model.path).name) in VARIANTS
+    assert c.eval.max_new_tokens <= c.data.max_target_length
+    # One micro-batch can be spread over 8 devices.
+    assert c.train.batch_size // c.train.accumulation % min(8, c.train.batch_size) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_has_the_launch_command(name):
+    assert f"python -m sapt_jax.main --config=configs/{name}.py --workdir=" in module_of(name).__doc__
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_values_are_the_papers(name):
+    family, size, run = name.split("_")
+    c = module_of(name).get_config()
+    for field, value in (TABLE[family, run] | EVERYWHERE).items():
+        assert read(c, field) == value, field
+    assert c.benchmark == {"superni": "superni", "long": "long_sequence"}[run]
+    assert len(resolve_task_order(c.task_order, c.benchmark)) == 15
+    assert Path(c.model.path).name in {f"t5-{size}", f"t5-v1_1-{size}", f"llama-2-{size}"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_argument_chooses_order_and_size(name):
+    module, run = module_of(name), name.split("_")[2]
+    plain = module.get_config()
+    for order in TASK_ORDERS:
+        if order.startswith(run):
+            assert module.get_config(f"order={order}").task_order == order
+    size = "13b" if name.startswith("llama2") else "base"
+    changed = module.get_config(f"size={size}")
+    assert changed.model.path.endswith(size) and changed.task_order == plain.task_order
+    with pytest.raises(ValueError, match="size='tall' is unknown; choose one of"):
+        module.get_config("size=tall")
+    with pytest.raises(ValueError, match="'oder=1' is not understood; its defaults are 'order="):
+        module.get_config("oder=1")
+
+
+def test_argument_reaches_the_config_from_the_command_line(monkeypatch):
+    argv = ["main", f"--config={FOLDER}/t5_xl_superni.py:order=superni_748,size=xxl", "--config.pet.rank=2"]
+    # Overrides of single fields are looked for in sys.argv.
+    monkeypatch.setattr(sys, "argv", argv)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, flag_values=values, lock_config=True)
+    values(argv)
+    assert holder.value.task_order == "superni_748"
+    assert holder.value.model.path == paper.T5_FOLDERS["xxl"]
+    assert holder.value.pet.rank == 2

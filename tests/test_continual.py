@@ -1,0 +1,176 @@
+"""The task sequence end to end on a tiny model: scores, resume, growth, withdrawal, unseen tasks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from sapt_jax import continual
+from tests.tiny import tiny_config, write_tasks
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def committed(workdir):
+    """Every array of every committed task, by folder."""
+    arrays = {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for folder in sorted(Path(workdir).glob("tasks/*/committed")):
+            restored = checkpointer.restore(folder.absolute())
+            arrays[folder.parent.name] = {name: np.array(array) for name, array in restored.items()}
+    return arrays
+
+
+def assert_same_arrays(first, second):
+    assert first.keys() == second.keys()
+    for folder, arrays in first.items():
+        assert arrays.keys() == second[folder].keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, second[folder][name], err_msg=f"{folder} {name}")
+
+
+def predictions(workdir):
+    return {str(f.relative_to(workdir)): f.read_text() for f in sorted(Path(workdir).glob("predictions/*/*.jsonl"))}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A whole run that nothing interrupted: (workdir, scores)."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, continual.run(tiny_config(data_dir, **{"train.checkpoint_every_steps": 2}), workdir)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, scores = finished
+    stored = json.loads((workdir / "scores.json").read_text())
+    assert stored["task_order"] == ["shout", "mirror", "first"]
+    matrix = np.array(stored["matrix"], float)
+    assert np.isfinite(matrix[np.tril_indices(3)]).all() and np.isnan(matrix[np.triu_indices(3, 1)]).all()
+    np.testing.assert_array_equal(matrix, np.array(scores["matrix"]))
+    assert set(stored["summary"]) == {"AP", "F.Ra", "FWT", "BWT"}
+    assert len(predictions(workdir)) == 6
+    rows = [json.loads(line) for line in predictions(workdir)["predictions/02-first/00-shout.jsonl"].splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        np.testing.assert_allclose(sum(row["attention_weights"]), 1.0, atol=1e-5)
+    kinds = {json.loads(line)["kind"] for line in (workdir / "metrics.jsonl").read_text().splitlines()}
+    assert kinds == {"train", "dev", "scores"}
+    assert list((workdir / "tensorboard").glob("00-shout/*"))
+
+
+def test_earlier_slots_stay_as_committed(finished):
+    arrays = committed(finished[0])
+    first, last = arrays["00-shout"], arrays["02-first"]
+    for name in first:
+        if name.startswith("['bank']"):
+            axis = 2 if name.endswith("['a']") else 1
+            np.testing.assert_array_equal(np.take(first[name], 0, axis), np.take(last[name], 0, axis))
+            assert np.any(np.take(last[name], 2, axis)) and not np.any(np.take(first[name], 2, axis))
+    np.testing.assert_array_equal(first["['keys']"][0], last["['keys']"][0])
+    np.testing.assert_array_equal(first["['targets']"][0], [1, 0, 0])
+    np.testing.assert_allclose(last["['targets']"].sum(axis=1), 1.0, rtol=1e-6)
+
+
+def test_the_same_command_again_changes_nothing(finished, data_dir):
+    workdir, scores = finished
+    before = predictions(workdir), committed(workdir), (workdir / "metrics.jsonl").read_text()
+    again = continual.run(tiny_config(data_dir, **{"train.checkpoint_every_steps": 2}), workdir)
+    np.testing.assert_array_equal(again["matrix"], scores["matrix"])
+    assert predictions(workdir) == before[0]
+    assert_same_arrays(committed(workdir), before[1])
+    assert (workdir / "metrics.jsonl").read_text() == before[2]
+
+
+def start(data_dir, workdir):
+    script = (
+        "import sys; from sapt_jax import continual; from tests.tiny import tiny_config; "
+        "continual.run(tiny_config(sys.argv[1], **{'train.checkpoint_every_steps': 2}), sys.argv[2])"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(data_dir), str(workdir)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_when(process, happened):
+    while not happened():
+        assert process.poll() is None, f"ended before it was killed: {process.stderr.read()}"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_runs_end_like_the_uninterrupted_one(finished, data_dir, tmp_path):
+    """SIGKILL inside the first task, and again between the first two; then to the end."""
+    workdir = tmp_path / "killed"
+    steps = workdir / "tasks/00-shout/steps"
+    kill_when(start(data_dir, workdir), lambda: any(path.name.isdigit() for path in steps.glob("*")))
+    assert not (workdir / "tasks/00-shout/committed").exists()
+    kill_when(start(data_dir, workdir), (workdir / "tasks/00-shout/committed").exists)
+    assert not (workdir / "tasks/01-mirror/committed").exists()
+    last = start(data_dir, workdir)
+    assert last.wait() == 0, last.stderr.read()
+    assert_same_arrays(committed(workdir), committed(finished[0]))
+    assert predictions(workdir) == predictions(finished[0])
+    before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished[0], workdir))
+    assert before == after
+
+
+def test_a_finished_run_takes_more_tasks(finished, data_dir, tmp_path):
+    workdir = tmp_path / "grown"
+    short = tiny_config(data_dir, task_order="shout,mirror")
+    continual.run(short, workdir)
+    before = committed(workdir)
+    continual.run(tiny_config(data_dir), workdir)
+    after = committed(workdir)
+    assert after.keys() == {"00-shout", "01-mirror", "02-first"}
+    assert_same_arrays(before, {name: after[name] for name in before})
+    old, new = before["01-mirror"], after["02-first"]
+    assert old["['keys']"].shape[0] == 2 and new["['keys']"].shape[0] == 3
+    np.testing.assert_array_equal(old["['keys']"], new["['keys']"][:2])
+    for name in old:
+        if name.startswith("['bank']"):
+            axis = 2 if name.endswith("['a']") else 1
+            np.testing.assert_array_equal(old[name], np.take(new[name], [0, 1], axis))
+    with pytest.raises(ValueError, match="config.task_order has first there"):
+        continual.run(tiny_config(data_dir, task_order="first,shout"), workdir)
+
+
+def test_a_withdrawn_task_takes_no_part(finished, data_dir):
+    workdir, _ = finished
+    before = predictions(workdir)
+    config = tiny_config(data_dir, disabled_tasks="mirror", **{"train.checkpoint_every_steps": 2})
+    scores = continual.run(config, workdir)
+    assert scores["protocol"]["disabled_tasks"] == "mirror"
+    beside = predictions(workdir / "without-mirror")
+    rows = [json.loads(line) for line in beside["predictions/02-first/02-first.jsonl"].splitlines()]
+    for row in rows:
+        assert row["attention_weights"][1] == 0
+        np.testing.assert_allclose(sum(row["attention_weights"]), 1.0, atol=1e-5)
+    assert predictions(workdir) == before
+    with pytest.raises(ValueError, match="config.disabled_tasks names nobody"):
+        continual.run(tiny_config(data_dir, disabled_tasks="nobody"), workdir)
+
+
+def test_sequential_lora_shares_the_loop(data_dir, tmp_path):
+    scores = continual.run(tiny_config(data_dir, method="seq_lora", task_order="shout,mirror"), tmp_path / "run")
+    assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(2)]).all()
+    arrays = committed(tmp_path / "run")
+    assert arrays["01-mirror"]["['keys']"].shape[0] == 1

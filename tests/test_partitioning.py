@@ -1,0 +1,179 @@
+"""The mesh, the shardings of every parameter, and that splitting changes no logits: on eight fake CPU devices.
+
+The number of devices is fixed when JAX starts, so what needs eight of them runs once in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapt_jax import partitioning
+
+REPOSITORY = Path(__file__).parent.parent
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+ON_EIGHT_DEVICES = """
+import dataclasses, json
+import flax.linen as nn
+import jax, jax.numpy as jnp, numpy as np
+from sapt_jax import partitioning
+from sapt_jax.models.loading import VARIANTS, init_params, make_model
+
+def mesh_of(*sizes):
+    return partitioning.make_mesh(dict(zip(partitioning.AXES, sizes)))
+
+def error_of(function, *args):
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+
+found = {"meshes": [], "mesh_errors": []}
+for sizes in ((-1, 1, 1), (2, -1, 2), (1, 1, -1), (2, 4, 1)):
+    found["meshes"].append(list(mesh_of(*sizes).shape.values()))
+for sizes in ((2, 2, 1), (-1, 3, 1), (-1, -1, 1), (0, 2, 2), (-2, -4, 1), (16, 1, 1)):
+    found["mesh_errors"].append(error_of(mesh_of, *sizes))
+
+mesh = mesh_of(2, 2, 2)
+for name in ("llama-tiny", "t5-tiny"):
+    config = dataclasses.replace(VARIANTS[name], tie_embeddings=False)
+    model = make_model(config, "float32", "none")
+    abstract = partitioning.abstract_params(model, mesh, jnp.bfloat16)
+    found[name] = {
+        jax.tree_util.keystr(path): [x.shape, x.sharding.shard_shape(x.shape), str(x.dtype), str(x.sharding.spec)]
+        for path, x in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+    wide = mesh_of(1, 1, 8)
+    uneven = make_model(dataclasses.replace(config, d_ff=20), "float32", "none")
+    found[name + " uneven"] = error_of(partitioning.abstract_params, uneven, wide, jnp.float32)
+
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(3, config.vocab_size, (4, 6)).astype(np.int32), np.ones((4, 6), bool)
+    batch = {"source": ids, "source_mask": mask, "target": ids[:, ::-1].copy(), "target_mask": mask}
+    logits = []
+    for split in (mesh, partitioning.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])):
+        with jax.set_mesh(split), nn.logical_axis_rules(partitioning.RULES):
+            params = init_params(model, partitioning.abstract_params(model, split, jnp.float32), 0)
+            placed = partitioning.place_batch(batch, split)
+            logits.append(jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, placed))
+    found[name + " difference"] = float(np.abs(np.asarray(logits[0]) - np.asarray(logits[1])).max())
+    found[name + " size"] = float(np.abs(np.asarray(logits[1])).max())
+
+placed = partitioning.place_batch({"source": np.arange(24).reshape(8, 3)}, mesh)["source"]
+shards = placed.addressable_shards
+found["rows"] = sorted([shard.index[0].start or 0, np.asarray(shard.data)[:, 0].tolist()] for shard in shards)
+copies = partitioning.replicate({"x": np.arange(6)}, mesh)["x"]
+found["copies"] = [np.asarray(shard.data).tolist() for shard in copies.addressable_shards]
+found["batch_error"] = error_of(partitioning.check_batch_sizes, {"train.batch_size": 6, "eval.batch_size": 8}, mesh)
+found["no_batch_error"] = error_of(partitioning.check_batch_sizes, {"train.batch_size": 4, "eval.batch_size": 8}, mesh)
+print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("FOUND")[1])
+
+
+def test_a_mesh_takes_what_is_left(found):
+    assert found["meshes"] == [[8, 1, 1], [2, 2, 2], [1, 1, 8], [2, 4, 1]]
+
+
+def test_a_mesh_that_does_not_fit_is_an_error(found):
+    for error in found["mesh_errors"]:
+        assert error is not None and error.startswith("config.mesh {'data': ") and "does not fit 8 device(s)" in error
+
+
+# What splits each dimension of a parameter: the layers of a stack are not split, norms are whole on every device.
+LLAMA_SPLITS = {
+    "['token_embedder']['embedding']": ("tensor", "fsdp"),
+    "['decoder']['layers']['pre_self_attention_layer_norm']['scale']": (None, None),
+    "['decoder']['layers']['self_attention']['query']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['self_attention']['key']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['self_attention']['value']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['self_attention']['out']['kernel']": (None, "tensor", "fsdp"),
+    "['decoder']['layers']['pre_mlp_layer_norm']['scale']": (None, None),
+    "['decoder']['layers']['mlp']['wi_0']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['mlp']['wi_1']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['mlp']['wo']['kernel']": (None, "tensor", "fsdp"),
+    "['decoder']['decoder_norm']['scale']": (None,),
+    "['decoder']['logits_dense']['kernel']": ("fsdp", "tensor"),
+}
+
+
+def test_every_llama_parameter_is_split_as_ruled(found):
+    assert found["llama-tiny"].keys() == LLAMA_SPLITS.keys()
+    for name, (shape, shard, dtype, _) in found["llama-tiny"].items():
+        want = [size // (SIZES[axis] if axis else 1) for size, axis in zip(shape, LLAMA_SPLITS[name], strict=True)]
+        assert (shard, dtype) == (want, "bfloat16"), name
+
+
+@pytest.mark.parametrize("variant", ["llama-tiny", "t5-tiny"])
+def test_every_matrix_is_split_over_fsdp_and_tensor(variant, found):
+    for name, (shape, shard, _, spec) in found[variant].items():
+        if name.endswith(("['kernel']", "['embedding']")):
+            assert 4 * np.prod(shard) == np.prod(shape), f"{name} {spec}"
+
+
+@pytest.mark.parametrize("variant", ["llama-tiny", "t5-tiny"])
+def test_splitting_changes_no_logits(variant, found):
+    assert found[f"{variant} size"] > 1
+    assert found[f"{variant} difference"] < 1e-4
+
+
+@pytest.mark.parametrize(("variant", "stacks"), [("llama-tiny", ["decoder"]), ("t5-tiny", ["encoder", "decoder"])])
+def test_sizes_that_the_mesh_does_not_divide_are_all_named(variant, stacks, found):
+    error = found[f"{variant} uneven"]
+    assert error.startswith("config.mesh does not divide the model's sizes")
+    for stack in stacks:
+        for name in ("wi_0", "wi_1", "wo"):
+            assert f"['{stack}']['layers']['mlp']['{name}']['kernel']: 20 over tensor=8" in error
+
+
+def test_rows_of_a_batch_lie_on_data_and_fsdp(found):
+    """Two rows on each of four groups of devices, the same two on both devices of a tensor group."""
+    assert found["rows"] == [[row, [3 * row, 3 * row + 3]] for row in (0, 0, 2, 2, 4, 4, 6, 6)]
+
+
+def test_copies_are_whole_everywhere(found):
+    assert found["copies"] == [list(range(6))] * 8
+
+
+def test_batch_sizes_that_do_not_split_are_named(found):
+    assert found["batch_error"].startswith("config.train.batch_size=6: batches are split over 4 devices")
+    assert found["no_batch_error"] is None
+
+
+class OneKernel(nn.Module):
+    """A model with one parameter of the given logical axes."""
+
+    axes: tuple
+
+    @nn.compact
+    def __call__(self, *batch):
+        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        return self.param("kernel", init, (2,) * len(self.axes), jnp.float32)
+
+
+def test_an_axis_without_a_rule_is_an_error():
+    mesh = partitioning.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"no sharding rule in partitioning.RULES for \['kernel'\].*'expert'"):
+        partitioning.abstract_params(OneKernel(("embed", "expert")), mesh, jnp.float32)
+    known = partitioning.abstract_params(OneKernel(("embed", "mlp")), mesh, jnp.float32)
+    assert known["kernel"].shape == (2, 2)
