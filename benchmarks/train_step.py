@@ -24,7 +24,7 @@ def measure(config, dtype: str, mesh) -> list[list[str]]:
     tasks, batch = setting.TASKS.value, setting.random_batch(model.config.vocab_size, mesh)
     pooled = np.random.default_rng(2).normal(size=(tasks, 20, model.config.d_model)).astype(np.float32)
     state, pools = partitioning.replicate((state, Pools(pooled, np.full((tasks,), 20, np.int32))), mesh)
-    scalars = [partitioning.replicate(TaskScalars(*np.array([t, t, 100, 0], np.int32)), mesh) for t in (0, tasks - 1)]
+    scalars = [partitioning.replicate(TaskScalars(*np.array([t, t, 100], np.int32)), mesh) for t in (0, tasks - 1)]
     compiled = step.lower(frozen, state, batch, pools, scalars[0]).compile()
 
     def call(task):

@@ -50,6 +50,12 @@ def get_config() -> ConfigDict:
     c.attention.query_init_std = config_dict.placeholder(float)
     c.attention.temperature = 1.0
     c.attention.pool_padding = False
+    # Updates of the key and the query projection alone before a task's first step, so that its inputs find its slot.
+    # Not in the paper. A fresh block is empty, so at first only the reflection loss pulls at the attention, and it
+    # shuts the new slot; near zero, nothing is left to open it. At the paper's low rate and thousands of steps the
+    # block is useful before that happens; a short run with a high rate needs the start.
+    c.attention.warm_start_steps = 0
+    c.attention.warm_start_learning_rate = 2e-3
 
     # Weighs the mean KL of each earlier task, summed over tasks. 2.0 is the released code's effective weight.
     c.kl_ratio = 2.0
@@ -112,11 +118,6 @@ def get_config() -> ConfigDict:
     # None: the same as the block's.
     c.optimizer.query_projection_learning_rate = config_dict.placeholder(float)
     c.optimizer.key_learning_rate = config_dict.placeholder(float)
-    # Epochs of a task before its key and the query projection move. A fresh block is empty, so at first nothing but
-    # the reflection loss pulls at the attention, and it shuts the new slot; once that is near zero, so is every
-    # gradient that could open it. At the paper's learning rates the block is faster than the attention; with few steps
-    # and high rates it needs a head start.
-    c.optimizer.attention_after_epochs = 0.0
     # "constant", "linear" or "cosine", after warmup_steps.
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0

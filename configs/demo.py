@@ -29,7 +29,10 @@ def get_config():
     c.train.batch_size = 8
     c.train.eval_every_epochs = 2
     c.optimizer.learning_rate = 2e-3
-    c.optimizer.attention_after_epochs = 0.5
+    c.attention.warm_start_steps = 100
+    # What the warm start found must not be shaken by the block's high rate.
+    c.optimizer.query_projection_learning_rate = 2e-4
+    c.optimizer.key_learning_rate = 5e-4
     c.eval.batch_size = 24
     c.eval.max_new_tokens = 14
     return c

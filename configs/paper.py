@@ -2,8 +2,8 @@
 
 What the scripts leave at its default is the default of transformers 4.30: AdamW (0.9, 0.999, 1e-8), no weight decay,
 clip 1.0, seed 42, which `common` has. Where `common` mends the protocol (a masked pool, a dev set of its own, true
-gradients), these keep it mended; its fields bring the released behaviour back. T5's own dropout, 0.1 in the released
-code, is off.
+gradients), these keep it mended, and the argument `protocol=released` brings the released behaviour back. T5's own
+dropout, 0.1 in the released code, is off.
 """
 
 from ml_collections import ConfigDict
@@ -42,6 +42,30 @@ def parse_argument(argument: str, **defaults: str) -> dict[str, str]:
     return chosen
 
 
+def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
+    """Sets every switch of the protocol as `common` has it ("mended") or as the released code had it ("released").
+
+    The released code picks the best checkpoint on the test set, pools over padding, cuts the end of a long prompt and
+    with it "Output: ", draws one of several references for training and scoring alike, keeps rows without an answer,
+    gives LLaMA no beginning token and may cut its end token, and passes no gradient through earlier blocks.
+    """
+    if protocol == "released":
+        is_llama = c.pseudo_samples.dir.endswith("_llama")
+        c.data.dev_is_test = True
+        c.attention.pool_padding = True
+        c.data.truncation = "end"
+        c.data.references = "random"
+        c.eval.references = "random"
+        c.data.on_bad_instance = "keep"
+        c.data.add_bos = False
+        c.data.target_keeps_end = not is_llama
+        c.pet.stop_gradient_through_bank = True
+        c.data.max_train = c.data.max_dev = c.data.max_test = 0
+    elif protocol != "mended":
+        raise ValueError(f"the config's argument protocol={protocol!r} is unknown; choose mended or released.")
+    return c
+
+
 def choose_folder(folders: dict[str, str], size: str) -> str:
     """The folder of a size, or a ValueError that lists the sizes."""
     if size not in folders:
@@ -50,8 +74,8 @@ def choose_folder(folders: dict[str, str], size: str) -> str:
 
 
 def superni_t5(argument: str, size: str) -> ConfigDict:
-    """SuperNI on T5 (gen_script_superni_t5.py). `argument` may name `order` and `size`."""
-    chosen = parse_argument(argument, order="superni_1572", size=size)
+    """SuperNI on T5 (gen_script_superni_t5.py). `argument` may name `order`, `size` and `protocol`."""
+    chosen = parse_argument(argument, order="superni_1572", size=size, protocol="mended")
     c = common.get_config()
     c.benchmark = "superni"
     c.task_order = chosen["order"]
@@ -68,12 +92,12 @@ def superni_t5(argument: str, size: str) -> ConfigDict:
     # As many as one update of the released code sees of each task.
     c.pseudo_samples.batch_size = 32
     c.pseudo_samples.dir = "lora_gen_superni_t5"
-    return c
+    return apply_protocol(c, chosen["protocol"])
 
 
 def long_t5(argument: str, size: str) -> ConfigDict:
-    """Long Sequence on T5 (gen_script_long_t5.py). `argument` may name `order` and `size`."""
-    chosen = parse_argument(argument, order="long_yelp", size=size)
+    """Long Sequence on T5 (gen_script_long_t5.py). `argument` may name `order`, `size` and `protocol`."""
+    chosen = parse_argument(argument, order="long_yelp", size=size, protocol="mended")
     c = common.get_config()
     c.benchmark = "long_sequence"
     c.task_order = chosen["order"]
@@ -91,7 +115,7 @@ def long_t5(argument: str, size: str) -> ConfigDict:
     # As many as one update of the released code sees of each task.
     c.pseudo_samples.batch_size = 32
     c.pseudo_samples.dir = "lora_gen_long_t5"
-    return c
+    return apply_protocol(c, chosen["protocol"])
 
 
 def _llama(order: str, size: str) -> ConfigDict:
@@ -116,28 +140,28 @@ def _llama(order: str, size: str) -> ConfigDict:
 
 
 def superni_llama(argument: str, size: str) -> ConfigDict:
-    """SuperNI on LLaMA-2 (gen_script_superni_llama.py). `argument` may name `order` and `size`."""
-    chosen = parse_argument(argument, order="superni_1572", size=size)
+    """SuperNI on LLaMA-2 (gen_script_superni_llama.py). `argument` may name `order`, `size` and `protocol`."""
+    chosen = parse_argument(argument, order="superni_1572", size=size, protocol="mended")
     c = _llama(chosen["order"], chosen["size"])
     c.benchmark = "superni"
     c.train.epochs = 50
     # The script's value; DeepSpeed divides it and the task loss alike.
     c.kl_ratio = 1.0
     c.pseudo_samples.dir = "lora_gen_superni_llama"
-    return c
+    return apply_protocol(c, chosen["protocol"])
 
 
 def long_llama(argument: str, size: str) -> ConfigDict:
-    """Long Sequence on LLaMA-2 (gen_script_long_llama.py). `argument` may name `order` and `size`.
+    """Long Sequence on LLaMA-2 (gen_script_long_llama.py). `argument` may name `order`, `size` and `protocol`.
 
     The script also stops six tasks early (cb 100 updates, copa and dbpedia 200, imdb 250, boolq and multirc 500) and
     switches reflection off for them; here every task is trained alike.
     """
-    chosen = parse_argument(argument, order="long_mnli", size=size)
+    chosen = parse_argument(argument, order="long_mnli", size=size, protocol="mended")
     c = _llama(chosen["order"], chosen["size"])
     c.benchmark = "long_sequence"
     c.train.epochs = 20
     # The script's value; DeepSpeed divides it and the task loss alike.
     c.kl_ratio = 2.0
     c.pseudo_samples.dir = "lora_gen_long_llama"
-    return c
+    return apply_protocol(c, chosen["protocol"])

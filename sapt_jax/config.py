@@ -45,7 +45,7 @@ NOT_NEGATIVE = (
     "train.patience",
     "train.checkpoint_every_steps",
     "optimizer.learning_rate",
-    "optimizer.attention_after_epochs",
+    "attention.warm_start_steps",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
 )

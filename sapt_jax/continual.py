@@ -45,9 +45,16 @@ def _run_tasks(config: Any, learner: Learner, base: Any, workdir: Path) -> dict[
     results = workdir / f"without-{'-'.join(disabled)}" if disabled else workdir
     capacity = learner.method.capacity(max(len(names), config.pet.capacity))
     frozen = learner.init_frozen(base, capacity, disabled)
+    cut = learner.stream.truncated()
+    console = terminal.make_console()
+    console.print(
+        f"{len(names)} tasks, {sum(len(task.train) for task in learner.stream.tasks)} training rows, batch shapes "
+        f"{', '.join(f'{source}+{target}' for source, target in learner.stream.buckets)}, "
+        f"{learner.stream.padding(config.train.batch_size):.1%} padding, {sum(n for n, _ in cut.values())} prompts and "
+        f"{sum(n for _, n in cut.values())} answers cut"
+    )
     trainable = None
     matrix = metrics.empty_matrix(len(names))
-    console = terminal.make_console()
     with run_log.RunLog(workdir, resume_from=_resume_point(folders)) as log:
         for index, folder in enumerate(folders):
             slot = learner.method.slot_index(index)
@@ -167,6 +174,7 @@ def _write_scores(
         },
         "reflection_targets": frozen.targets,
         "buckets": learner.stream.buckets,
+        "truncated": learner.stream.truncated(),
         "unseen": unseen,
         "config": config,
     }

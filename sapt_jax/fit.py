@@ -56,14 +56,15 @@ def fit(
     steps = total_steps(config, len(task.train))
     per_epoch = steps_per_epoch(len(task.train), config.train.batch_size)
     state = replicate(TrainState(trainable, learner.optimizer.init(trainable), jnp.zeros((), jnp.int32)), learner.mesh)
-    best, loop = jax.tree.map(jnp.copy, trainable), Loop()
+    pools = learner.pools(frozen, task_index)
     checkpoints = TaskCheckpoints(folder)
     if (saved := checkpoints.restore(state)) is not None:
         state, best, loop = saved
+    else:
+        state = state.replace(trainable=learner.warm_start(config.seed, task_index, frozen, trainable, pools))
+        best, loop = jax.tree.map(jnp.copy, state.trainable), Loop()
     slot_index = learner.method.slot_index(task_index)
-    attention_from = round(config.optimizer.attention_after_epochs * per_epoch)
-    scalars = replicate(TaskScalars(*np.array([task_index, slot_index, steps, attention_from], np.int32)), learner.mesh)
-    pools = learner.pools(frozen, task_index)
+    scalars = replicate(TaskScalars(*np.array([task_index, slot_index, steps], np.int32)), learner.mesh)
     place = f"task {task_index + 1}/{len(learner.stream.tasks)} {task.name}"
     with TrainingProgress(console, place, steps, first_step=loop.step) as progress:
         curves = _Curves(config, task, task_index, slot_index, log, progress)
@@ -83,6 +84,8 @@ def fit(
                 best = state.trainable
             every = config.train.checkpoint_every_steps
             if evaluate or (every and step % every == 0):
+                # A run that goes on from here finds its curves up to here.
+                curves.write_complete()
                 checkpoints.save(state, best, loop)
             if loop.finished:
                 break
@@ -155,6 +158,11 @@ class _Curves:
             self._write(self._full)
             self._full, self._filling = self._filling, []
 
+    def write_complete(self) -> None:
+        """Writes the last complete interval, if it is not written yet."""
+        self._write(self._full)
+        self._full = []
+
     def close(self) -> None:
         """Writes what is left, and warns where the new slot was never used."""
         self._write(self._full)
@@ -162,7 +170,7 @@ class _Curves:
         if not self._gate_open:
             logging.getLogger(__name__).warning(
                 "%s: the mean attention on the new slot stayed under %.0f%%, so older blocks learned the task. Raise "
-                "config.optimizer.attention_after_epochs or config.optimizer.query_projection_learning_rate, or lower config.kl_ratio.",
+                "config.attention.warm_start_steps, or lower config.kl_ratio.",
                 self._task.name,
                 100 * CLOSED_GATE,
             )

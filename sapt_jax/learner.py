@@ -20,10 +20,12 @@ from sapt_jax.decoding import make_generate
 from sapt_jax.evaluation import Layout, decode_texts, map_sources
 from sapt_jax.methods import METHODS
 from sapt_jax.methods.protocol import Method, Pools
-from sapt_jax.models.loading import load_model
+from sapt_jax.models.loading import load_model, make_model, read_shape
 from sapt_jax.optimization import make_optimizer, schedule_factor
 from sapt_jax.state import Frozen, Trainable, init_frozen
 from sapt_jax.train import make_train_step, make_weights_step, pooled_source
+
+WARM_START_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Learner:
     layout: Layout
     optimizer: optax.GradientTransformation
     train_step: Callable
+    warm_start_step: Callable
     generate: Callable
     weights: Callable
     pooled: Callable
@@ -48,6 +51,19 @@ class Learner:
         config = self.model.config
         trainable = self.method.open_task(rng, self.model.pet_sites(config), config.d_model, previous)
         return partitioning.replicate(trainable, self.mesh)
+
+    def warm_start(self, seed: int, task_index: int, frozen: Frozen, trainable: Trainable, pools: Pools) -> Trainable:
+        """The trainable tree after the method's warm start on the task's training inputs."""
+        (pooled,) = self._pool(frozen.base, self.stream.tasks[task_index].train)
+        # A fixed number of rows: tasks differ in size and share one program.
+        rows = np.random.default_rng([seed, task_index]).integers(len(pooled), size=WARM_START_ROWS)
+        rng = jax.random.fold_in(jax.random.key(seed), task_index)
+        slot = np.int32(self.method.slot_index(task_index))
+        inputs = partitioning.replicate(pooled[rows], self.mesh)
+        return self.warm_start_step(rng, frozen.replace(base=None), trainable, inputs, pools, slot)
+
+    def _pool(self, base: Any, split: EncodedSplit) -> list[np.ndarray]:
+        return map_sources(lambda source, mask: (self.pooled(base, source, mask),), split, self.layout)
 
     def init_frozen(self, base: Any, capacity: int, disabled: tuple[str, ...]) -> Frozen:
         """An empty bank of `capacity` slots around the pretrained model, less the slots of withdrawn tasks."""
@@ -86,7 +102,7 @@ class Learner:
         counts = np.zeros((capacity,), np.int32)
         for index, task in enumerate(self.stream.tasks[:num_tasks]):
             if task.pseudo:
-                (rows,) = map_sources(lambda s, m: (self.pooled(frozen.base, s, m),), task.pseudo, self.layout)
+                (rows,) = self._pool(frozen.base, task.pseudo)
                 slot = self.method.slot_index(index)
                 pooled[slot, : len(rows)], counts[slot] = rows, len(rows)
         return partitioning.replicate(Pools(pooled, counts), self.mesh)
@@ -110,6 +126,8 @@ def make_method(config: Any) -> Method:
         kl_ratio=config.kl_ratio,
         reflection_batch=config.pseudo_samples.batch_size,
         stop_gradient_through_bank=config.pet.stop_gradient_through_bank,
+        warm_start_steps=config.attention.warm_start_steps,
+        warm_start_learning_rate=config.attention.warm_start_learning_rate,
     )
 
 
@@ -127,7 +145,17 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
         {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size}, mesh
     )
     model_options = config.model
+    shape = read_shape(model_options.path, model_options.variant)
+    if not (model_options.tokenizer or model_options.path):
+        raise ValueError('config.model.tokenizer is empty: name one, or "bytes", for a model without a path.')
     tokenizer = load_tokenizer(model_options.tokenizer or resolve_path(model_options.path))
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
+            "config.model.tokenizer must be the one that the model was trained with."
+        )
+    # Before the weights: these take minutes to load, and a mistake in the data would be told only then.
+    stream = load_stream(config, tokenizer, make_model(shape, model_options.dtype, model_options.remat).padding_side)
     model, base = load_model(
         model_options.path,
         model_options.variant,
@@ -137,13 +165,6 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
         mesh,
         config.seed,
     )
-    shape = model.config
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
-            "config.model.tokenizer must be the one that the model was trained with."
-        )
-    stream = load_stream(config, tokenizer, model.padding_side)
     options = config.optimizer
     optimizer = make_optimizer(
         options.learning_rate,
@@ -171,6 +192,7 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
             config.train.accumulation,
             config.seed,
         ),
+        warm_start_step=jax.jit(method.warm_start),
         generate=make_generate(model, method, config.eval.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id),
         weights=make_weights_step(model, method),
         pooled=jax.jit(functools.partial(pooled_source, model, method)),

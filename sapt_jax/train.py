@@ -33,13 +33,11 @@ class TaskScalars:
       index: place in the sequence, from 0.
       slot_index: the slot it trains.
       total_steps: its number of steps.
-      attention_from: the first step (0-based) that moves the key and the query projection.
     """
 
     index: jax.Array
     slot_index: jax.Array
     total_steps: jax.Array
-    attention_from: jax.Array
 
 
 def pooled_source(model: nn.Module, method: Any, base: Any, source: jax.Array, source_mask: jax.Array) -> jax.Array:
@@ -110,10 +108,6 @@ def make_train_step(
 
         (extra, logged), extra_grads = jax.value_and_grad(auxiliary, has_aux=True)(state.trainable)
         grads = jax.tree.map(jnp.add, grads, extra_grads)
-        moves = (state.step >= task.attention_from).astype(jnp.float32)
-        grads = grads.replace(
-            key=moves * grads.key, query_projection=jax.tree.map(lambda g: moves * g, grads.query_projection)
-        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         factor = schedule(state.step, task.total_steps)
         updates = jax.tree.map(lambda update: factor * update, updates)

@@ -25,7 +25,7 @@ KINDS = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "llama3", **_LLAMA3},
     },
-    "yarn": {"head_dim": 16, "rope_parameters": {"rope_type": "yarn", "beta_fast": 4.0, **_YARN}},
+    "yarn": {"head_dim": 16, "rope_parameters": {"rope_type": "yarn", "beta_fast": 1.5, "beta_slow": 0.5, **_YARN}},
     "yarn, factor": {"rope_parameters": {"rope_type": "yarn", "attention_factor": 1.3, **_YARN}},
 }
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from sapt_jax.beam_search import beam_search
+from sapt_jax.beam_search import beam_search, make_beam_generate
 from sapt_jax.models.llama import Cache, Llama
 from sapt_jax.models.t5 import T5
 from sapt_jax.models.variants import LlamaConfig, T5Config
+from sapt_jax.state import init_frozen
+from tests.tiny import tiny_method
 
 VOCAB, EOS, PAD, ROWS = 5, 1, 0, 3
 LLAMA = LlamaConfig(VOCAB, 8, 2, 2, 1, 4, 12, 1e-5, 100.0, (), 64, True)
@@ -48,20 +50,21 @@ def search(family, params, source, source_mask, width, alpha, new_tokens, done=N
     return beam_search(decode_step, logits, cache, done, width, alpha, new_tokens, EOS, PAD)
 
 
-def log_probs_of(family, params, source, source_mask, answers):
+def log_probs_of(family, params, source, source_mask, answers, mixtures=None):
     """Log-probability [B, M, N] of each token of answers [M, N], by teacher forcing."""
     model, every = MODELS[family], len(answers)
 
     @jax.jit
-    def forced(source, source_mask):
+    def forced(source, source_mask, mixture):
         target = jnp.asarray(answers)
         source = jnp.broadcast_to(source, (every, *source.shape))
         source_mask = jnp.broadcast_to(source_mask, (every, *source_mask.shape))
         ones = jnp.ones_like(target, bool)
-        logits = model.apply({"params": params}, source, source_mask, target, ones)
+        logits = model.apply({"params": params}, source, source_mask, target, ones, mixture)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
 
-    return np.stack([forced(*row) for row in zip(source, source_mask, strict=True)])
+    mixtures = mixtures or [None] * len(source)
+    return np.stack([forced(*row) for row in zip(source, source_mask, mixtures, strict=True)])
 
 
 def every_finished_answer(new_tokens):
@@ -168,6 +171,34 @@ def test_rows_that_need_no_answer_stay_empty_and_others_as_they_were(family):
     found, _ = search(family, params, source, mask, 2, 0.6, 5, done)
     np.testing.assert_array_equal(found[1], np.full((2, 5), PAD))
     np.testing.assert_array_equal(found[::2], plain[::2])
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_generate_finds_the_best_answer_under_each_rows_mixture(family):
+    model, params, rng = MODELS[family], make_params(family, seed=9), np.random.default_rng(10)
+    method, config = tiny_method(), model.config
+    frozen = init_frozen(params, model.pet_sites(config), 2, config.d_model, 3)
+    trainable = method.open_task(jax.random.key(11), model.pet_sites(config), config.d_model, None)
+
+    def fill(tree):
+        return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype), tree)
+
+    frozen = frozen.replace(bank=fill(frozen.bank), keys=fill(frozen.keys))
+    trainable = trainable.replace(slot=fill(trainable.slot))
+    source, mask = make_source(family, seed=12)
+    mask[1] = False
+    new_tokens, alpha, slot = 3, 0.6, np.int32(2)
+    generate = make_beam_generate(model, method, new_tokens, EOS, PAD, 16, alpha)
+    found, weights = generate(frozen, trainable, source, mask, slot)
+
+    mixtures = [method.mixture(frozen, trainable, row[None], slot) for row in weights]
+    answers, lengths = every_finished_answer(new_tokens)
+    mixtures = [mixture.replace(columns=jnp.repeat(mixture.columns, len(answers), axis=0)) for mixture in mixtures]
+    log_probs = log_probs_of(family, frozen.base, source, mask, answers, mixtures)
+    log_probs = np.where(np.arange(new_tokens) < lengths[:, None], log_probs, 0).sum(axis=-1)
+    best = answers[np.argmax(log_probs / ((5 + lengths) / 6) ** alpha, axis=1)]
+    np.testing.assert_array_equal(found[::2], best[::2])
+    assert (found[1] == PAD).all()
 
 
 def test_matches_transformers():

@@ -9,35 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from sapt_jax import continual
+from tests.run_files import assert_same_arrays, committed, predictions
 from tests.tiny import tiny_config, write_tasks
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-def committed(workdir):
-    """Every array of every committed task, by folder."""
-    arrays = {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for folder in sorted(Path(workdir).glob("tasks/*/committed")):
-            restored = checkpointer.restore(folder.absolute())
-            arrays[folder.parent.name] = {name: np.array(array) for name, array in restored.items()}
-    return arrays
-
-
-def assert_same_arrays(first, second):
-    assert first.keys() == second.keys()
-    for folder, arrays in first.items():
-        assert arrays.keys() == second[folder].keys()
-        for name, array in arrays.items():
-            np.testing.assert_array_equal(array, second[folder][name], err_msg=f"{folder} {name}")
-
-
-def predictions(workdir):
-    return {str(f.relative_to(workdir)): f.read_text() for f in sorted(Path(workdir).glob("predictions/*/*.jsonl"))}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +107,7 @@ def test_killed_runs_end_like_the_uninterrupted_one(finished, data_dir, tmp_path
     assert last.wait() == 0, last.stderr.read()
     assert_same_arrays(committed(workdir), committed(finished[0]))
     assert predictions(workdir) == predictions(finished[0])
+    assert (workdir / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
     before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished[0], workdir))
     assert before == after
 
@@ -167,6 +146,20 @@ def test_a_withdrawn_task_takes_no_part(finished, data_dir):
     assert predictions(workdir) == before
     with pytest.raises(ValueError, match="config.disabled_tasks names nobody"):
         continual.run(tiny_config(data_dir, disabled_tasks="nobody"), workdir)
+
+
+def test_unseen_tasks_are_tested_after_the_last(finished, data_dir):
+    workdir, scores = finished
+    folder = data_dir / "CL_Benchmark_unseen" / "extra"
+    folder.mkdir(parents=True)
+    instances = [{"input": "abc", "output": ["cba", "abc"]}, {"input": "dd", "output": "dd"}]
+    (folder / "test.json").write_text(json.dumps({"Definition": ["mirror it."], "Instances": instances}))
+    overrides = {"train.checkpoint_every_steps": 2, "eval.unseen_tasks": "extra"}
+    again = continual.run(tiny_config(data_dir, **overrides), workdir)
+    np.testing.assert_array_equal(again["matrix"], scores["matrix"])
+    assert list(again["unseen"]) == ["extra"] and np.isfinite(again["unseen"]["extra"])
+    rows = predictions(workdir)["predictions/02-first/03-extra.jsonl"].splitlines()
+    assert [json.loads(row)["references"] for row in rows] == [["cba", "abc"], ["dd"]]
 
 
 def test_sequential_lora_shares_the_loop(data_dir, tmp_path):

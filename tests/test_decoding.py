@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sapt_jax.decoding import greedy, make_generate
-from sapt_jax.methods.sapt import Sapt
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.variants import LLAMA_VARIANTS
 from sapt_jax.state import Trainable, init_frozen
+from tests.tiny import tiny_method
 
 VOCAB, EOS, PAD = 7, 1, 0
 CONFIG = dataclasses.replace(LLAMA_VARIANTS["llama-tiny"], vocab_size=31, d_model=16, d_ff=16)
@@ -91,7 +91,7 @@ def learner():
     model = Llama(CONFIG, jnp.float32, "none")
     ids = jnp.zeros((1, 2), jnp.int32)
     base = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids == 0, ids, ids == 0)["params"])
-    method = Sapt(2, 8.0, 6, None, 1.0, False, 1.0, 2, False)
+    method = tiny_method()
     sites = Llama.pet_sites(CONFIG)
     frozen = init_frozen(base, sites, 2, CONFIG.d_model, 4)
     trainable = method.open_task(jax.random.key(1), sites, CONFIG.d_model, None)

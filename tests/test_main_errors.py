@@ -14,11 +14,10 @@ from safetensors.numpy import save_file
 
 from sapt_jax import checkpoints, continual
 from sapt_jax.config import check_same_run
-from sapt_jax.methods import Sapt
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.variants import LLAMA_VARIANTS
 from sapt_jax.state import init_frozen
-from tests.tiny import tiny_config, write_tasks
+from tests.tiny import tiny_config, tiny_method, write_tasks
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -74,11 +73,18 @@ def test_empty_task(split, data_dir, tmp_path):
     assert f"mirror: its {split} split is empty" in message and "take the task out of config.task_order" in message
 
 
+def test_no_model(data_dir, tmp_path):
+    message = message_of(tiny_config(data_dir, **{"model.variant": ""}), tmp_path / "run")
+    assert message.startswith("config.model.path is empty and config.model.variant='' is not one of llama-tiny, ")
+    message = message_of(tiny_config(data_dir, **{"model.tokenizer": ""}), tmp_path / "run")
+    assert message.startswith('config.model.tokenizer is empty: name one, or "bytes"')
+
+
 def make_state(config, shape):
     """What a run on a model of another shape would have committed after its first task."""
     sites = Llama.pet_sites(shape)
     rank, hidden = config.pet.rank, config.attention.query_hidden
-    method = Sapt(rank, 1.0, hidden, None, 1.0, False, 1.0, 1, False)
+    method = tiny_method(rank=rank, query_hidden=hidden)
     trainable = method.open_task(jax.random.key(0), sites, shape.d_model, None)
     return init_frozen({}, sites, rank, shape.d_model, capacity=3), trainable
 

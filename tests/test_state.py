@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapt_jax import pet
-from sapt_jax.methods import Sapt
 from sapt_jax.state import active_slots, commit, init_frozen
+from tests.tiny import tiny_method
 
 SITES = {"decoder": {"self_attention": {"query": (2, 8, 8), "value": (2, 8, 4)}}}
-METHOD = Sapt(2, 4.0, 5, None, 1.0, False, 1.0, 4, False)
+METHOD = tiny_method(alpha=4.0)
 
 
 def random_trees(seed):

@@ -14,13 +14,14 @@ import transformers
 from sapt_jax import pet
 from sapt_jax.convert import llama as llama_tables
 from sapt_jax.convert.rules import to_foreign
-from sapt_jax.methods import Sapt, SeqLora
+from sapt_jax.methods import SeqLora
 from sapt_jax.methods.protocol import Pools
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.variants import LlamaConfig
 from sapt_jax.optimization import make_optimizer
 from sapt_jax.state import Trainable, commit, init_frozen
 from sapt_jax.train import TaskScalars, TrainState, make_train_step
+from tests.tiny import tiny_method
 
 TASKS, RANK, ALPHA, KL_RATIO = 4, 3, 6.0, 0.7
 HF_CONFIG = {
@@ -39,7 +40,8 @@ HF_CONFIG = {
 }
 CONFIG = LlamaConfig(50, 24, 2, 4, 2, 6, 40, 1e-6, 10000.0, (), 64, True)
 MODEL = Llama(CONFIG, jnp.float32, "none")
-METHOD = Sapt(RANK, ALPHA, 7, None, 1.0, False, KL_RATIO, 5, False)
+FIELDS = {"rank": RANK, "alpha": ALPHA, "kl_ratio": KL_RATIO, "query_hidden": 7}
+METHOD = tiny_method(**FIELDS)
 
 
 def make_state(seed, method=METHOD, tasks=TASKS):
@@ -77,10 +79,8 @@ def make_pools(seed, tasks=TASKS):
     return Pools(jnp.asarray(pooled), jnp.ones((tasks,), jnp.int32))
 
 
-def scalars(index, slot=None, steps=10, attention_from=0):
-    return TaskScalars(
-        *(jnp.asarray(x, jnp.int32) for x in (index, index if slot is None else slot, steps, attention_from))
-    )
+def scalars(index, slot=None, steps=10):
+    return TaskScalars(*(jnp.asarray(x, jnp.int32) for x in (index, index if slot is None else slot, steps)))
 
 
 def run_step(method, frozen, trainable, batch, pools, task_index, accumulation=1, optimizer=None):
@@ -165,7 +165,7 @@ def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
 @pytest.mark.parametrize("task_index", [0, 1, 3])
 @pytest.mark.parametrize("stop_gradient", [False, True])
 def test_step_equals_the_written_out_reference(task_index, stop_gradient):
-    method = Sapt(RANK, ALPHA, 7, None, 1.0, False, KL_RATIO, 5, stop_gradient)
+    method = tiny_method(**FIELDS, stop_gradient_through_bank=stop_gradient)
     frozen, trainable = make_state(task_index)
     batch, pools = make_batch(10 + task_index), make_pools(20 + task_index)
     expected = reference(frozen, trainable, batch, pools, task_index, stop_gradient)
@@ -234,32 +234,9 @@ def test_filler_rows_do_not_count():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), second, first)
 
 
-def test_attention_waits_for_its_step():
-    frozen, trainable = make_state(25)
-    batch, pools, optimizer = (
-        make_batch(26),
-        make_pools(27),
-        make_optimizer(1e-2, None, None, 0.9, 0.999, 1e-8, 0.0, 1.0),
-    )
-    step = make_train_step(MODEL, METHOD, optimizer, lambda step, total: 1.0, 1, 0)
-    state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
-    trees = [jax.tree.map(np.array, trainable)]
-    for _ in range(2):
-        state, _ = step(frozen, state, batch, pools, scalars(2, attention_from=1))
-        trees.append(jax.tree.map(np.array, state.trainable))
-
-    def attention(tree):
-        return jax.tree.leaves((tree.key, tree.query_projection))
-
-    for before, held, moved in zip(*map(attention, trees), strict=True):
-        np.testing.assert_array_equal(before, held)
-        assert np.any(held != moved)
-    assert all(np.any(x != y) for x, y in zip(*(jax.tree.leaves(tree.slot) for tree in trees[:2]), strict=True))
-
-
 def test_one_compile_for_five_tasks():
     traces = []
-    method = Sapt(RANK, ALPHA, 7, None, 1.0, False, KL_RATIO, 5, False)
+    method = tiny_method(**FIELDS)
     optimizer = make_optimizer(1e-2, 1e-3, None, 0.9, 0.999, 1e-8, 0.0, 1.0)
 
     def schedule(step, total):
@@ -282,7 +259,7 @@ def test_one_compile_for_five_tasks():
 
 
 def test_sequential_lora_has_no_attention_and_keeps_its_block():
-    method = SeqLora(RANK, ALPHA, 7, None, 1.0, False, KL_RATIO, 5, False)
+    method = tiny_method(SeqLora, **FIELDS)
     frozen, trainable = make_state(22, method, tasks=1)
     gradient, metrics = run_step(method, frozen, trainable, make_batch(23), make_pools(24, 1), 0)
     assert metrics["attention"].tolist() == [1.0]

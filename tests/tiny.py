@@ -9,13 +9,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
+from sapt_jax.methods import Sapt
 
-TASKS = {"shout": str.upper, "mirror": lambda text: text[::-1], "first": lambda text: text[0]}
+TASKS = {
+    "shout": str.upper,
+    "mirror": lambda text: text[::-1],
+    "first": lambda text: text[0],
+    "last": lambda text: text[-1],
+}
+ORDER = ("shout", "mirror", "first")
 
 
-def write_tasks(
-    folder: Path, tasks: Sequence[str] = tuple(TASKS), train: int = 20, test: int = 5, seed: int = 0
-) -> Path:
+def write_tasks(folder: Path, tasks: Sequence[str] = ORDER, train: int = 20, test: int = 5, seed: int = 0) -> Path:
     """Writes the folders of `tasks` (names in `TASKS`) with `train` and `test` rows each, and returns `folder`."""
     for index, name in enumerate(tasks):
         rng = np.random.default_rng([seed, index])
@@ -28,12 +33,30 @@ def write_tasks(
     return folder
 
 
+def tiny_method(kind: type = Sapt, **fields: Any) -> Sapt:
+    """A method with the paper's choices at a tiny size; `fields` are those that a test cares for."""
+    defaults = {
+        "rank": 2,
+        "alpha": 8.0,
+        "query_hidden": 6,
+        "query_init_std": None,
+        "temperature": 1.0,
+        "pool_padding": False,
+        "kl_ratio": 1.0,
+        "reflection_batch": 2,
+        "stop_gradient_through_bank": False,
+        "warm_start_steps": 0,
+        "warm_start_learning_rate": 1e-2,
+    }
+    return kind(**{**defaults, **fields})
+
+
 def tiny_config(data_dir: str | Path, **overrides: Any) -> ConfigDict:
     """A tiny run over the tasks in `data_dir`; overrides are `**{"train.epochs": 2}`, as on the command line."""
     c = common.get_config()
     c.benchmark = "own"
     c.data_dir = str(data_dir)
-    c.task_order = ",".join(TASKS)
+    c.task_order = ",".join(ORDER)
     c.model.variant = "llama-tiny"
     c.model.tokenizer = "bytes"
     c.model.dtype = c.model.param_dtype = "float32"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sapt_jax.data.batching import count_positions, epoch_plan
 from sapt_jax.data.benchmarks import BENCHMARKS, load_task, load_unseen_task, resolve_data_dir, resolve_task_order
 from sapt_jax.data.buckets import Bucket, check_buckets, choose_buckets
 from sapt_jax.data.encoding import EncodedSplit, encode_split
@@ -41,6 +42,28 @@ class Stream:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(task.name for task in self.tasks)
+
+    def truncated(self) -> dict[str, tuple[int, int]]:
+        """Of every task: how many prompts and how many answers were cut to the limits, over all splits."""
+        counts = {}
+        for task in self.tasks + self.unseen:
+            splits = (task.train, task.dev, task.test)
+            counts[task.name] = (
+                sum(split.truncated_sources for split in splits),
+                sum(split.truncated_targets for split in splits),
+            )
+        return counts
+
+    def padding(self, batch_size: int) -> float:
+        """The share of the positions of one training epoch of all tasks that holds no token."""
+        tokens = positions = 0
+        for index, task in enumerate(self.tasks):
+            plan = epoch_plan(
+                task.train.lengths, self.buckets, batch_size=batch_size, seed=0, task_index=index, epoch=0
+            )
+            tokens += task.train.lengths.sum()
+            positions += count_positions(plan)
+        return 1.0 - tokens / positions
 
 
 def encoding_rules(config: Any, tokenizer: Tokenizer, padding_side: str) -> EncodingRules:

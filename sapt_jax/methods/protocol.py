@@ -36,6 +36,17 @@ class Method(Protocol):
     def open_task(self, rng: jax.Array, sites: Sites, d_model: int, previous: Trainable | None) -> Trainable:
         """The trainable tree that a task starts from; `previous` is what the task before ended with."""
 
+    def warm_start(
+        self,
+        rng: jax.Array,
+        frozen: Frozen,
+        trainable: Trainable,
+        inputs: jax.Array,
+        pools: Pools,
+        slot_index: jax.Array,
+    ) -> Trainable:
+        """What happens to the attention before a task's first step; `inputs` [N, D] are pooled training inputs."""
+
     def log_weights(self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array) -> jax.Array:
         """Log attention [..., T] of inputs whose pooled embeddings are [..., D]."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sapt_jax import losses, pet, shared_attention
 from sapt_jax.methods.protocol import Pools
@@ -25,6 +26,7 @@ class Sapt:
       kl_ratio: weight of the reflection loss; 0 turns ARM off.
       reflection_batch: pseudo-samples of each earlier task that a step draws.
       stop_gradient_through_bank: gradients reach the layers below through the current block alone.
+      warm_start_steps, warm_start_learning_rate: see `warm_start`; 0 steps is the paper.
     """
 
     rank: int
@@ -36,6 +38,8 @@ class Sapt:
     kl_ratio: float
     reflection_batch: int
     stop_gradient_through_bank: bool
+    warm_start_steps: int
+    warm_start_learning_rate: float
 
     def capacity(self, num_tasks: int) -> int:
         return num_tasks
@@ -54,6 +58,40 @@ class Sapt:
             projection = previous.query_projection
         slot = pet.init_block(slot_rng, sites, self.rank)
         return Trainable(slot, shared_attention.init_key(key_rng, d_model), projection)
+
+    def warm_start(
+        self,
+        rng: jax.Array,
+        frozen: Frozen,
+        trainable: Trainable,
+        inputs: jax.Array,
+        pools: Pools,
+        slot_index: jax.Array,
+    ) -> Trainable:
+        """Moves key and query projection by Adam until the task's inputs attend to its slot and earlier ones do not.
+
+        The loss is -log of the new slot's attention, mean over `inputs`, plus the reflection loss. Not in the paper,
+        where the new slot is opened by the task loss alone: that needs the block to be useful before the reflection
+        loss has shut the slot.
+        """
+        if not self.warm_start_steps:
+            return trainable
+        optimizer = optax.adam(self.warm_start_learning_rate)
+
+        def loss(attention, rng):
+            moved = trainable.replace(key=attention[0], query_projection=attention[1])
+            own = jnp.take(self.log_weights(frozen, moved, inputs, slot_index), slot_index, axis=-1)
+            return self.auxiliary_loss(rng, frozen, moved, pools, slot_index)[0] - own.mean()
+
+        def update(carry, rng):
+            attention, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(attention, rng), state)
+            return (optax.apply_updates(attention, updates), state), None
+
+        attention = (trainable.key, trainable.query_projection)
+        rngs = jax.random.split(rng, self.warm_start_steps)
+        (attention, _), _ = jax.lax.scan(update, (attention, optimizer.init(attention)), rngs)
+        return trainable.replace(key=attention[0], query_projection=attention[1])
 
     def log_weights(self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array) -> jax.Array:
         _, keys = insert(frozen, trainable, slot_index)

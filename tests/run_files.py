@@ -1,0 +1,28 @@
+"""What a run leaves behind, as tests compare it."""
+
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def committed(workdir):
+    """Every array of every committed task, by folder."""
+    arrays = {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for folder in sorted(Path(workdir).glob("tasks/*/committed")):
+            restored = checkpointer.restore(folder.absolute())
+            arrays[folder.parent.name] = {name: np.array(array) for name, array in restored.items()}
+    return arrays
+
+
+def assert_same_arrays(first, second):
+    assert first.keys() == second.keys()
+    for folder, arrays in first.items():
+        assert arrays.keys() == second[folder].keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, second[folder][name], err_msg=f"{folder} {name}")
+
+
+def predictions(workdir):
+    return {str(f.relative_to(workdir)): f.read_text() for f in sorted(Path(workdir).glob("predictions/*/*.jsonl"))}

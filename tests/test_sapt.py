@@ -1,0 +1,63 @@
+"""What SAPT decides beyond the step: the warm start of the attention, and reflection on a withdrawn slot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sapt_jax.methods.protocol import Pools
+from sapt_jax.state import commit, init_frozen
+from tests.tiny import tiny_method
+
+SITES = {"decoder": {"self_attention": {"query": (1, 16, 16), "value": (1, 16, 16)}}}
+WIDTH, TASKS = 16, 3
+
+
+def two_tasks(seed, **fields):
+    """After one task, at the start of the second: inputs of both are clusters that share most of their mean."""
+    rng = np.random.default_rng(seed)
+    common, apart = rng.normal(0, 2.0, WIDTH), rng.normal(0, 0.3, (2, WIDTH))
+    old, new = (common + apart[i] + rng.normal(0, 0.05, (40, WIDTH)) for i in range(2))
+    method = tiny_method(reflection_batch=8, kl_ratio=2.0, **fields)
+    frozen = init_frozen(None, SITES, 2, WIDTH, TASKS)
+    first = method.open_task(jax.random.key(seed), SITES, WIDTH, None)
+    frozen = commit(frozen, first, jnp.asarray([1.0, 0.0, 0.0]), 0)
+    second = method.open_task(jax.random.key(seed + 1), SITES, WIDTH, first)
+    pooled = np.zeros((TASKS, 10, WIDTH), np.float32)
+    pooled[0] = old[:10]
+    pools = Pools(jnp.asarray(pooled), jnp.asarray([10, 0, 0]))
+    return method, frozen, second, pools, jnp.asarray(old[10:], jnp.float32), jnp.asarray(new, jnp.float32)
+
+
+def share(method, frozen, trainable, inputs, slot):
+    return float(np.exp(method.log_weights(frozen, trainable, inputs, 1))[:, slot].mean())
+
+
+def test_warm_start_opens_the_new_slot_and_keeps_the_old_one():
+    method, frozen, second, pools, old, new = two_tasks(0, warm_start_steps=200)
+    assert share(method, frozen, second, new, 1) < 0.9
+    warm = jax.jit(method.warm_start)(jax.random.key(2), frozen, second, new, pools, 1)
+    assert share(method, frozen, warm, new, 1) > 0.95
+    # Inputs that were in no pool.
+    assert share(method, frozen, warm, old, 0) > 0.95
+    jax.tree.map(np.testing.assert_array_equal, warm.slot, second.slot)
+
+
+def test_without_steps_there_is_no_warm_start():
+    method, frozen, second, pools, _, new = two_tasks(1)
+    assert method.warm_start(jax.random.key(2), frozen, second, new, pools, 1) is second
+
+
+def test_what_was_recorded_on_a_withdrawn_slot_goes_to_the_others():
+    method, frozen, second, pools, old, new = two_tasks(2)
+    targets = frozen.targets.at[1].set(jnp.asarray([0.25, 0.5, 0.25]))
+    pools = Pools(jnp.broadcast_to(old[:10], (TASKS, 10, WIDTH)), jnp.asarray([0, 10, 0]))
+    withdrawn = frozen.replace(targets=targets, enabled=jnp.asarray([True, False, True]))
+    third = method.open_task(jax.random.key(5), SITES, WIDTH, second)
+    loss, logged = method.auxiliary_loss(jax.random.key(3), withdrawn, third, pools, 2)
+    expected = frozen.replace(
+        targets=targets.at[1].set(jnp.asarray([0.5, 0.0, 0.5])), enabled=jnp.asarray([True, False, True])
+    )
+    again, _ = method.auxiliary_loss(jax.random.key(3), expected, third, pools, 2)
+    np.testing.assert_allclose(loss, again, rtol=1e-6)
+    assert np.isfinite(loss) and loss > 0
+    np.testing.assert_allclose(logged["reflection_loss"] * 2.0, loss, rtol=1e-6)

@@ -1,0 +1,38 @@
+"""A whole sequence of four tasks on a tiny T5, stopped inside a task and gone on with."""
+
+import numpy as np
+import pytest
+
+from sapt_jax import continual, fit
+from tests.run_files import assert_same_arrays, committed, predictions
+from tests.tiny import TASKS, tiny_config, write_tasks
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_four_tasks_with_a_stop_inside_the_third(tmp_path, monkeypatch):
+    data_dir = write_tasks(tmp_path / "data", tasks=tuple(TASKS))
+    config = tiny_config(data_dir, task_order=",".join(TASKS), **{"model.variant": "t5-tiny"})
+    scores = continual.run(config, tmp_path / "whole")
+    assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(4)]).all()
+
+    saves = []
+    save = fit.TaskCheckpoints.save
+
+    def stop_at_the_fifth(self, *args):
+        save(self, *args)
+        saves.append(self)
+        if len(saves) == 5:
+            self.close()
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fit.TaskCheckpoints, "save", stop_at_the_fifth)
+        with pytest.raises(Stopped):
+            continual.run(config, tmp_path / "stopped")
+    assert committed(tmp_path / "stopped").keys() == {"00-shout", "01-mirror"}
+    continual.run(config, tmp_path / "stopped")
+    assert_same_arrays(committed(tmp_path / "whole"), committed(tmp_path / "stopped"))
+    assert predictions(tmp_path / "whole") == predictions(tmp_path / "stopped")
