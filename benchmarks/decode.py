@@ -18,7 +18,7 @@ def measure(config, dtype: str, mesh) -> list[list[str]]:
     """Rows of the table for one type."""
     model, method, frozen, trainable = setting.make_setting(config, dtype, mesh)
     # An end token that no argmax can give.
-    generate = make_generate(model, method, setting.TARGET.value, eos_id=-1, pad_id=0)
+    generate = make_generate(model, method, setting.TARGET.value, eos_id=-1, pad_id=0, beams=1, length_penalty=0.0)
     batch = setting.random_batch(model.config.vocab_size, mesh)
     arguments = (frozen, trainable, batch["source"], batch["source_mask"])
     slots = [np.int32(task) for task in (0, setting.TASKS.value - 1)]

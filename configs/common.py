@@ -132,6 +132,9 @@ def get_config() -> ConfigDict:
     # A prediction counts against the "best", the "first" or a "random" one of an instance's references.
     c.eval.references = "best"
     c.eval.max_new_tokens = 50
+    # 1 is greedy; more search with T5X's length penalty, ((5 + length) / 6) ** length_penalty.
+    c.eval.beams = 1
+    c.eval.length_penalty = 0.6
     # Tasks never trained on, scored after the last one, names with commas (CL_Benchmark_unseen).
     c.eval.unseen_tasks = ""
 

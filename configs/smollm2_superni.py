@@ -17,13 +17,12 @@ def get_config():
     c.model.param_dtype = "float32"
     c.pseudo_samples.dir = "lora_gen_superni_llama"
     c.data.max_source_length = 160
-    c.data.max_train = 300
+    c.data.max_train = 240
     c.data.max_dev = 25
     c.data.max_test = 50
-    c.data.max_buckets = 3
-    c.data.target_multiple = 8
-    c.data.source_multiple = 16
-    c.train.epochs = 3
+    c.data.max_buckets = 5
+    c.data.source_multiple = 8
+    c.train.epochs = 2
     c.train.batch_size = 8
     c.train.eval_every_epochs = 1
     c.optimizer.learning_rate = 1e-3

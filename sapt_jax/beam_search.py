@@ -3,13 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-
-from sapt_jax.methods.protocol import Method
-from sapt_jax.train import pooled_source
 
 
 @struct.dataclass
@@ -133,29 +129,3 @@ def _reorder_rows(x: jax.Array, beams: jax.Array, axis: int) -> jax.Array:
     """Picks beams [B, W] of x, whose `axis` is rows times beams. Nothing moves between rows, or their devices."""
     apart = x.reshape(*x.shape[:axis], *beams.shape, *x.shape[axis + 1 :])
     return _take_beams(apart, beams, axis).reshape(x.shape)
-
-
-def make_beam_generate(
-    model: nn.Module, method: Method, new_tokens: int, eos_id: int, pad_id: int, width: int, alpha: float
-) -> Callable:
-    """As `decoding.make_generate`, with the best answer of a beam search. The source is read once for all beams.
-
-    Builds `generate(frozen, trainable, source, source_mask, slot_index) -> (tokens [B, new_tokens], weights [B, T])`.
-    """
-
-    def generate(frozen, trainable, source, source_mask, slot_index):
-        pooled = pooled_source(model, method, frozen.base, source, source_mask)
-        weights = jnp.exp(method.log_weights(frozen, trainable, pooled, slot_index))
-        mixture = method.mixture(frozen, trainable, weights, slot_index)
-        variables = {"params": frozen.base}
-        logits, cache = model.apply(variables, source, source_mask, new_tokens, mixture, method="prefill")
-        of_beams = mixture.replace(columns=jnp.repeat(mixture.columns, width, axis=0))
-
-        def decode_step(tokens, cache):
-            return model.apply(variables, tokens, cache, of_beams, method="decode_step")
-
-        done = ~source_mask.any(axis=1)
-        answers, _ = beam_search(decode_step, logits, cache, done, width, alpha, new_tokens, eos_id, pad_id)
-        return answers[:, 0], weights
-
-    return jax.jit(generate)

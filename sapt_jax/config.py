@@ -31,6 +31,7 @@ POSITIVE = (
     "optimizer.max_grad_norm",
     "eval.batch_size",
     "eval.max_new_tokens",
+    "eval.beams",
 )
 NOT_NEGATIVE = (
     "kl_ratio",

@@ -9,13 +9,29 @@ import jax
 import numpy as np
 
 from sapt_jax import checkpoints, metrics, partitioning, run_log, terminal
-from sapt_jax.config import check_config, check_same_run
+from sapt_jax.config import check_config, check_same_run, flatten
 from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES, resolve_task_order
 from sapt_jax.fit import fit
 from sapt_jax.learner import Learner, build
 from sapt_jax.state import Frozen, Trainable, commit, grow
 
 commit_task = jax.jit(commit)
+
+# The settings that a score depends on beside model and training; they are told with every score.
+PROTOCOL = (
+    "data.dev_is_test",
+    "data.truncation",
+    "data.references",
+    "data.target_keeps_end",
+    "data.add_bos",
+    "data.on_bad_instance",
+    "attention.pool_padding",
+    "pet.stop_gradient_through_bank",
+    "eval.references",
+    "eval.max_new_tokens",
+    "eval.beams",
+    "disabled_tasks",
+)
 
 
 def run(config: Any, workdir: str | Path) -> dict[str, Any]:
@@ -157,6 +173,7 @@ def _write_scores(
 ) -> dict[str, Any]:
     names = learner.stream.names
     finished = metrics.finished_part(matrix)
+    values = flatten(config)
     scores = {
         "method": config.method,
         "task_order": names,
@@ -164,14 +181,7 @@ def _write_scores(
         "matrix": matrix,
         "summary": metrics.summarise(finished, None),
         "seeds": {"seed": config.seed, "data.seed": config.data.seed},
-        "protocol": {
-            "dev_is_test": config.data.dev_is_test,
-            "pool_padding": config.attention.pool_padding,
-            "truncation": config.data.truncation,
-            "references": config.eval.references,
-            "max_new_tokens": config.eval.max_new_tokens,
-            "disabled_tasks": config.disabled_tasks,
-        },
+        "protocol": {name: values[name] for name in PROTOCOL},
         "reflection_targets": frozen.targets,
         "buckets": learner.stream.buckets,
         "truncated": learner.stream.truncated(),

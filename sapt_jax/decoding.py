@@ -1,4 +1,4 @@
-"""Greedy decoding over a KV cache. The mixture's weights are computed once per request, from the source."""
+"""Decoding over a KV cache. The mixture's weights are computed once per request, from the source."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sapt_jax.beam_search import beam_search
 from sapt_jax.methods.protocol import Method
 from sapt_jax.train import pooled_source
 
@@ -45,10 +46,14 @@ def greedy(
     return jax.lax.while_loop(unfinished, extend, state)[3]
 
 
-def make_generate(model: nn.Module, method: Method, new_tokens: int, eos_id: int, pad_id: int) -> Callable:
+def make_generate(
+    model: nn.Module, method: Method, new_tokens: int, eos_id: int, pad_id: int, beams: int, length_penalty: float
+) -> Callable:
     """Builds the jitted `generate(frozen, trainable, source, source_mask, slot_index)`.
 
-    It returns tokens [B, new_tokens] and the attention weights [B, T] that they were decoded with.
+    It returns tokens [B, new_tokens] and the attention weights [B, T] that they were decoded with. With one beam the
+    search is greedy; with more it is `beam_search`, whose `alpha` is `length_penalty`. The source is read once for all
+    beams.
     """
 
     def generate(frozen, trainable, source, source_mask, slot_index):
@@ -57,11 +62,15 @@ def make_generate(model: nn.Module, method: Method, new_tokens: int, eos_id: int
         mixture = method.mixture(frozen, trainable, weights, slot_index)
         variables = {"params": frozen.base}
         logits, cache = model.apply(variables, source, source_mask, new_tokens, mixture, method="prefill")
+        of_beams = mixture.replace(columns=jnp.repeat(mixture.columns, beams, axis=0))
 
-        def decode_step(token, cache):
-            return model.apply(variables, token, cache, mixture, method="decode_step")
+        def decode_step(tokens, cache):
+            return model.apply(variables, tokens, cache, of_beams, method="decode_step")
 
         done = ~source_mask.any(axis=1)
-        return greedy(decode_step, logits, cache, done, new_tokens, eos_id, pad_id), weights
+        if beams == 1:
+            return greedy(decode_step, logits, cache, done, new_tokens, eos_id, pad_id), weights
+        answers, _ = beam_search(decode_step, logits, cache, done, beams, length_penalty, new_tokens, eos_id, pad_id)
+        return answers[:, 0], weights
 
     return jax.jit(generate)

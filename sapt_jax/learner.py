@@ -193,7 +193,15 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
             config.seed,
         ),
         warm_start_step=jax.jit(method.warm_start),
-        generate=make_generate(model, method, config.eval.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id),
+        generate=make_generate(
+            model,
+            method,
+            config.eval.max_new_tokens,
+            tokenizer.eos_id,
+            tokenizer.pad_id,
+            config.eval.beams,
+            config.eval.length_penalty,
+        ),
         weights=make_weights_step(model, method),
         pooled=jax.jit(functools.partial(pooled_source, model, method)),
     )

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from sapt_jax.beam_search import beam_search, make_beam_generate
+from sapt_jax.beam_search import beam_search
+from sapt_jax.decoding import make_generate
 from sapt_jax.models.llama import Cache, Llama
 from sapt_jax.models.t5 import T5
 from sapt_jax.models.variants import LlamaConfig, T5Config
@@ -188,7 +189,7 @@ def test_generate_finds_the_best_answer_under_each_rows_mixture(family):
     source, mask = make_source(family, seed=12)
     mask[1] = False
     new_tokens, alpha, slot = 3, 0.6, np.int32(2)
-    generate = make_beam_generate(model, method, new_tokens, EOS, PAD, 16, alpha)
+    generate = make_generate(model, method, new_tokens, EOS, PAD, 16, alpha)
     found, weights = generate(frozen, trainable, source, mask, slot)
 
     mixtures = [method.mixture(frozen, trainable, row[None], slot) for row in weights]

@@ -110,7 +110,7 @@ def test_generate_equals_a_full_forward_pass_for_every_token(learner):
     mask = np.arange(8) >= np.array([0, 5, 3, 8])[:, None]
     source = np.where(mask, rng.integers(2, 31, mask.shape), PAD).astype(np.int32)
     slot, steps = np.int32(2), 6
-    tokens, weights = make_generate(model, method, steps, -1, PAD)(frozen, trainable, source, mask, slot)
+    tokens, weights = make_generate(model, method, steps, -1, PAD, 1, 0.0)(frozen, trainable, source, mask, slot)
 
     assert weights.shape == (4, 4) and (weights[:, 3] == 0).all() and (weights[:, :3] > 0).all()
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)

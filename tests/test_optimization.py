@@ -36,7 +36,7 @@ def step(optimizer, tree, state, grads, factor=1.0):
 
 @pytest.mark.parametrize("rates", [(0.01, 0.003, 0.05), (0.01, None, None)])
 def test_equals_torch_adamw_with_groups_clipping_and_schedule(rates):
-    """Gradients of very different size, so that clipping is by one norm over all groups, and only where it is exceeded."""
+    """Gradients of very different size: clipping is by one norm over all groups, and only where it is exceeded."""
     torch = pytest.importorskip("torch", reason="the reference is PyTorch's AdamW")
     block, projection, key = rates
     optimizer = make_optimizer(block, projection, key, **SETTINGS)

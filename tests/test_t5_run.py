@@ -1,5 +1,8 @@
 """A whole sequence of four tasks on a tiny T5, stopped inside a task and gone on with."""
 
+import logging
+
+import jax
 import numpy as np
 import pytest
 
@@ -12,11 +15,18 @@ class Stopped(Exception):
     pass
 
 
-def test_four_tasks_with_a_stop_inside_the_third(tmp_path, monkeypatch):
+def test_four_tasks_with_a_stop_inside_the_third(tmp_path, monkeypatch, caplog):
     data_dir = write_tasks(tmp_path / "data", tasks=tuple(TASKS))
-    config = tiny_config(data_dir, task_order=",".join(TASKS), **{"model.variant": "t5-tiny"})
-    scores = continual.run(config, tmp_path / "whole")
+    overrides = {"model.variant": "t5-tiny", "data.max_buckets": 2, "data.source_multiple": 4}
+    config = tiny_config(data_dir, task_order=",".join(TASKS), **overrides)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        scores = continual.run(config, tmp_path / "whole")
     assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(4)]).all()
+    # No task compiled anything anew: one program for each batch shape.
+    assert len(scores["buckets"]) == 2
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    for function in ("step", "generate"):
+        assert 1 <= sum(f"jit({function})" in message for message in compiled) <= 2
 
     saves = []
     save = fit.TaskCheckpoints.save
