@@ -17,7 +17,7 @@ demo: $(VENV)/installed-demo demo-data
 
 # Ruff goes first: pytest's closing line ends the output.
 test: lint
-	JAX_PLATFORMS=cpu $(RUN) pytest -n 2
+	$(RUN) pytest -n 2
 
 lint: install-test
 	$(VENV)/bin/ruff check --quiet .
@@ -53,4 +53,4 @@ $(DEMO_DATA)/downloaded: $(VENV)/bin/python requirements-demo.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_DATA)
+	rm -rf $(VENV) $(DEMO_DATA) $(DEMO_RUNS)

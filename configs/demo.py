@@ -19,12 +19,11 @@ def get_config():
     c.pseudo_samples.minimum = 8
     c.data.max_source_length = 64
     c.data.max_target_length = 16
-    c.data.max_train = 144
-    c.data.max_dev = 16
+    c.data.max_train = 88
+    c.data.max_dev = 12
     c.data.max_test = 24
     c.data.max_buckets = 3
-    c.data.source_multiple = 8
-    c.data.target_multiple = 8
+    c.data.source_multiple = 4
     c.train.epochs = 2
     c.train.batch_size = 8
     c.train.eval_every_epochs = 2

@@ -3,7 +3,7 @@
 A LoRA block holds, for each adapted projection of a stack of layers, `a` [layers, D, R] and `b` [layers, R, H].
 The blocks of all task slots lie side by side in the bank, the task axis just before (`a`) or after (`b`) the rank:
 `a` [layers, D, T, R], `b` [layers, T, R, H]. The mixture of all blocks is then one LoRA of rank T*R, and reaching that
-form is a reshape that moves no data (SAPT, section 3.2; REFERENCE: the weighted sum of block outputs).
+form is a reshape that moves no data (SAPT, section 3.2: the weighted sum of the blocks' outputs).
 """
 
 from collections.abc import Mapping

@@ -39,6 +39,7 @@ HF_CONFIG = {
     "tie_word_embeddings": True,
 }
 CONFIG = LlamaConfig(50, 24, 2, 4, 2, 6, 40, 1e-6, 10000.0, (), 64, True)
+SGD = optax.sgd(1.0)
 MODEL = Llama(CONFIG, jnp.float32, "none")
 FIELDS = {"rank": RANK, "alpha": ALPHA, "kl_ratio": KL_RATIO, "query_hidden": 7}
 METHOD = tiny_method(**FIELDS)
@@ -83,10 +84,15 @@ def scalars(index, slot=None, steps=10):
     return TaskScalars(*(jnp.asarray(x, jnp.int32) for x in (index, index if slot is None else slot, steps)))
 
 
+@functools.cache
+def compiled_step(method, accumulation, optimizer):
+    return make_train_step(MODEL, method, optimizer, lambda step, total: 1.0, accumulation, 0)
+
+
 def run_step(method, frozen, trainable, batch, pools, task_index, accumulation=1, optimizer=None):
     """(trainable before minus after under SGD with rate 1, that is the gradient; metrics)."""
-    optimizer = optimizer or optax.sgd(1.0)
-    step = make_train_step(MODEL, method, optimizer, lambda step, total: 1.0, accumulation, 0)
+    optimizer = optimizer or SGD
+    step = compiled_step(method, accumulation, optimizer)
     before = jax.tree.map(np.array, trainable)
     # The step donates what it is given.
     trainable = jax.tree.map(jnp.copy, trainable)

@@ -1,5 +1,4 @@
-"""Bucket shapes (source length, target length): chosen from the data, assigned to rows, and their padding
-counted.
+"""Bucket shapes (source length, target length): chosen from the data, and assigned to rows.
 
 A row costs Ls + Lt positions in either model family, so that is what padding is measured in.
 """
@@ -86,6 +85,5 @@ def assign_buckets(lengths: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray
 
 
 def source_buckets(buckets: Sequence[Bucket], target_length: int) -> list[Bucket]:
-    """The buckets' distinct source lengths, all with one target length: for decoding, where no target is
-    fed."""
+    """The buckets' distinct source lengths, all with one target length: for decoding, where no target is fed."""
     return [(ls, target_length) for ls in sorted({ls for ls, _ in buckets})]

@@ -18,8 +18,7 @@ from sapt_jax.data.task import Instance
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """n rows of token ids: row i is `ids[offsets[i]:offsets[i + 1]]`. ids [total] int32, offsets [n + 1]
-    int64."""
+    """n rows of token ids: row i is `ids[offsets[i]:offsets[i + 1]]`. ids [total] int32, offsets [n + 1] int64."""
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -47,8 +46,7 @@ class Ragged:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSplit:
-    """A split's prompts and answers as token ids, row for row, with how many of each were cut to the
-    limits."""
+    """A split's prompts and answers as token ids, row for row, with how many of each were cut to the limits."""
 
     sources: Ragged
     targets: Ragged

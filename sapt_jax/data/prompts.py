@@ -100,8 +100,7 @@ class EncodingRules:
 
 
 def _cut_middle(ids: list[int], head: int, tail: int, length: int) -> list[int]:
-    """Keeps `length` of `ids`: at least the first `head` and last `tail`, and the rest of the room half and
-    half."""
+    """Keeps `length` of `ids`: at least the first `head` and last `tail`, and the rest of the room half and half."""
     if tail > length:
         raise ValueError(
             f"max_source_length leaves {length} tokens, fewer than the {tail} of the prompt's last line. Raise it."
@@ -117,7 +116,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, rules: EncodingRules) ->
     before = [tokenizer.bos_id] if rules.family == "decoder_only" and rules.add_bos else []
     after = [tokenizer.eos_id] if rules.family == "encoder_decoder" else []
     if None in before:
-        raise ValueError("add_bos is set, but the tokenizer has no beginning token: set config.add_bos to False.")
+        raise ValueError("add_bos is set, but the tokenizer has no beginning token: set config.data.add_bos to False.")
     # The prompt is tokenised as one text, and cut as ids, so that what stays has the same ids as in the whole
     # prompt.
     ids = tokenizer.encode("".join(prompt))

@@ -20,8 +20,7 @@ PSEUDO_SOURCES = ("files", "train", "none")
 
 @dataclasses.dataclass(frozen=True)
 class PseudoSamples:
-    """The pool of one task, with the definition its prompts carry (a generated one, when the pool was
-    generated)."""
+    """The pool of one task, with the definition its prompts carry (a generated one, when the pool was generated)."""
 
     definition: str
     instances: tuple[Instance, ...]
@@ -54,8 +53,7 @@ def read_pseudo_samples(folder: Path, task_name: str) -> PseudoSamples:
 
 
 def sample_train_inputs(task: Task, *, share: float, minimum: int, seed: int) -> PseudoSamples:
-    """Takes round-down(share * n) training instances of the task, seeded, but at least `minimum` (or all
-    n)."""
+    """Takes round-down(share * n) training instances of the task, seeded, but at least `minimum` (or all n)."""
     size = min(len(task.train), max(minimum, math.floor(share * len(task.train))))
     chosen = np.sort(task_rng(seed, task.name, "pseudo").choice(len(task.train), size, replace=False))
     return PseudoSamples(task.definition, tuple(task.train[i] for i in chosen))
@@ -85,8 +83,7 @@ def load_pseudo_samples(
 def encode_pseudo_samples(
     samples: PseudoSamples, *, template: str, tokenizer: Tokenizer, rules: EncodingRules
 ) -> EncodedSplit:
-    """Tokenises a pool with the same template and rules as real data. The reflection loss reads `.sources`
-    alone."""
+    """Tokenises a pool with the same template and rules as real data. The reflection loss reads `.sources` alone."""
     first_answer = dataclasses.replace(rules, references="first", on_long_target="cut")
     return encode_split(
         samples.instances,

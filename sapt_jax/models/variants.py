@@ -33,8 +33,6 @@ class LlamaConfig:
     tie_embeddings: bool
     activation: str = "silu"
 
-    is_encoder_decoder = False
-
 
 def llama_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
     """Reads a Hugging Face configuration of model_type llama.
@@ -151,8 +149,6 @@ class T5Config:
     relative_max_distance: int
     tie_embeddings: bool
     bias_per_layer: bool = False
-
-    is_encoder_decoder = True
 
 
 def t5_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> T5Config:
