@@ -5,17 +5,15 @@
 Tokens per second counts the source tokens that are read and the answer tokens that are written; no row ends early.
 """
 
-import jax
 import numpy as np
 from absl import app
 
 from benchmarks import setting
-from sapt_jax import partitioning
 from sapt_jax.decoding import make_generate
 
 
-def measure(config, dtype: str, mesh) -> list[list[str]]:
-    """Rows of the table for one type."""
+def measure(config, dtype: str, mesh) -> tuple[list[float], object]:
+    """(seconds at the first and at the last task, compiled program) for one type."""
     model, method, frozen, trainable = setting.make_setting(config, dtype, mesh)
     # An end token that no argmax can give.
     generate = make_generate(model, method, setting.TARGET.value, eos_id=-1, pad_id=0, beams=1, length_penalty=0.0)
@@ -23,22 +21,8 @@ def measure(config, dtype: str, mesh) -> list[list[str]]:
     arguments = (frozen, trainable, batch["source"], batch["source_mask"])
     slots = [np.int32(task) for task in (0, setting.TASKS.value - 1)]
     compiled = generate.lower(*arguments, slots[0]).compile()
-    seconds = setting.median_seconds([lambda slot=slot: compiled(*arguments, slot) for slot in slots])
-    tokens = setting.ROWS.value * (setting.SOURCE.value + setting.TARGET.value)
-    ratio = f"{seconds[1] / seconds[0]:.3f}"
-    return [
-        [dtype, str(task), f"{1e3 * s:.0f}", f"{tokens / s:,.0f}", f"{setting.megabytes(compiled):,.0f}", last]
-        for task, s, last in zip((1, setting.TASKS.value), seconds, ("", ratio), strict=True)
-    ]
-
-
-def main(_):
-    config = setting.CONFIG.value
-    mesh = partitioning.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        rows = [row for dtype in setting.DTYPE_NAMES.value for row in measure(config, dtype, mesh)]
-    setting.print_rows(f"decoding, {setting.ROWS.value} x ({setting.SOURCE.value} + {setting.TARGET.value})", rows)
+    return setting.median_seconds([lambda slot=slot: compiled(*arguments, slot) for slot in slots]), compiled
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(lambda _: setting.run("decoding", measure))

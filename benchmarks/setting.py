@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from absl import flags
@@ -73,14 +74,28 @@ def megabytes(compiled: Any) -> float:
     return (total - memory.alias_size_in_bytes) / 2**20
 
 
-def print_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """A table of results, with the device that they were measured on."""
+def run(title: str, measure: Callable[[Any, str, Any], tuple[list[float], Any]]) -> None:
+    """Prints a table of results, with the device that they were measured on.
+
+    Args:
+      title: what is timed.
+      measure: (config, type, mesh) -> (seconds at the first and at the last task, compiled program).
+    """
+    config = CONFIG.value
+    mesh = partitioning.make_mesh(config.mesh)
     device = jax.devices()[0]
+    shape = f"{ROWS.value} x ({SOURCE.value} + {TARGET.value})"
     table = Table(
-        title=f"{title}\n{jax.device_count()} x {device.device_kind} ({device.platform})", title_justify="left"
+        title=f"{title}, {shape}\n{jax.device_count()} x {device.device_kind} ({device.platform})", title_justify="left"
     )
     for name in ("type", "task", "ms", "tokens/s", "peak MiB", f"task {TASKS.value} / task 1"):
         table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
+    tokens = ROWS.value * (SOURCE.value + TARGET.value)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
+        for dtype in DTYPE_NAMES.value:
+            seconds, compiled = measure(config, dtype, mesh)
+            ratios = ("", f"{seconds[1] / seconds[0]:.3f}")
+            for task, time_taken, ratio in zip((1, TASKS.value), seconds, ratios, strict=True):
+                figures = (f"{1e3 * time_taken:.0f}", f"{tokens / time_taken:,.0f}", f"{megabytes(compiled):,.0f}")
+                table.add_row(dtype, str(task), *figures, ratio)
     Console(width=100, highlight=False).print(table)

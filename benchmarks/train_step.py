@@ -3,7 +3,6 @@
 python -m benchmarks.train_step --config=configs/smollm2_superni.py --rows=8 --source=96 --target=16
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app
@@ -15,11 +14,12 @@ from sapt_jax.optimization import make_optimizer
 from sapt_jax.train import TaskScalars, TrainState, make_train_step
 
 
-def measure(config, dtype: str, mesh) -> list[list[str]]:
-    """Rows of the table for one type."""
+def measure(config, dtype: str, mesh) -> tuple[list[float], object]:
+    """(seconds at the first and at the last task, compiled program) for one type."""
     model, method, frozen, trainable = setting.make_setting(config, dtype, mesh)
     optimizer = make_optimizer(1e-6, None, None, 0.9, 0.999, 1e-8, 0.0, 1.0)
-    step = make_train_step(model, method, optimizer, lambda step, total: 1.0, config.train.accumulation, 0)
+    constant, placed = lambda step, total: 1.0, partitioning.replicated(mesh)
+    step = make_train_step(model, method, optimizer, constant, config.train.accumulation, 0, placed)
     state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
     tasks, batch = setting.TASKS.value, setting.random_batch(model.config.vocab_size, mesh)
     pooled = np.random.default_rng(2).normal(size=(tasks, 20, model.config.d_model)).astype(np.float32)
@@ -35,22 +35,8 @@ def measure(config, dtype: str, mesh) -> list[list[str]]:
 
         return run
 
-    seconds = setting.median_seconds([call(task) for task in scalars])
-    tokens = setting.ROWS.value * (setting.SOURCE.value + setting.TARGET.value)
-    ratio = f"{seconds[1] / seconds[0]:.3f}"
-    return [
-        [dtype, str(task), f"{1e3 * s:.0f}", f"{tokens / s:,.0f}", f"{setting.megabytes(compiled):,.0f}", last]
-        for task, s, last in zip((1, tasks), seconds, ("", ratio), strict=True)
-    ]
-
-
-def main(_):
-    config = setting.CONFIG.value
-    mesh = partitioning.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        rows = [row for dtype in setting.DTYPE_NAMES.value for row in measure(config, dtype, mesh)]
-    setting.print_rows(f"train step, {setting.ROWS.value} x ({setting.SOURCE.value} + {setting.TARGET.value})", rows)
+    return setting.median_seconds([call(task) for task in scalars]), compiled
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(lambda _: setting.run("train step", measure))

@@ -135,6 +135,8 @@ def get_config() -> ConfigDict:
     # 1 is greedy; more search with T5X's length penalty, ((5 + length) / 6) ** length_penalty.
     c.eval.beams = 1
     c.eval.length_penalty = 0.6
+    # Workdirs of runs of one task each, with commas; FWT compares with their scores.
+    c.eval.single_task_runs = ""
     # Tasks never trained on, scored after the last one, names with commas (CL_Benchmark_unseen).
     c.eval.unseen_tasks = ""
 

@@ -1,6 +1,6 @@
 """T5 v1.1 XL (3B) on the 15 tasks of SuperNI, with the paper's settings.
 
-A TPU VM of 8 chips (v5e-8, v4-16), or one GPU of 40 GB or more.
+A TPU VM of 8 chips (v5e-8), or one GPU of 40 GB or more.
 
 hf download google/t5-v1_1-xl --local-dir models/t5-v1_1-xl
 export SAPT_DATA_DIR=/path/to/data

@@ -1,6 +1,6 @@
 """T5 v1.1 XXL (11B) on the 15 tasks of Long Sequence, with the paper's settings.
 
-A TPU VM of 8 chips (v5e-8, v4-16), or a node of 4 or more GPUs.
+A TPU VM of 8 chips (v5e-8), or a node of 4 or more GPUs.
 
 hf download google/t5-v1_1-xxl --local-dir models/t5-v1_1-xxl
 export SAPT_DATA_DIR=/path/to/data

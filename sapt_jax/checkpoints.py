@@ -28,6 +28,7 @@ class Loop:
       best_step, best_score: of the best evaluation on dev so far; -1 and None before the first.
       stale: evaluations since then.
       finished: the task needs no more updates.
+      buckets: batch shapes of the task, kept while it trains, also where a longer order would choose others.
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class Loop:
     best_score: float | None = None
     stale: int = 0
     finished: bool = False
+    buckets: tuple[tuple[int, int], ...] = ()
 
 
 def task_folder(workdir: Path, task_index: int, name: str) -> Path:
@@ -48,8 +50,9 @@ def check_order(workdir: Path, names: Sequence[str]) -> None:
     Raises:
       ValueError: naming the first task that differs.
     """
-    for folder in sorted((Path(workdir) / "tasks").glob("[0-9][0-9]-*")):
-        index, name = int(folder.name[:2]), folder.name[3:]
+    for folder in sorted((Path(workdir) / "tasks").glob("*-*")):
+        number, name = folder.name.split("-", 1)
+        index = int(number)
         if index >= len(names) or names[index] != name:
             now = names[index] if index < len(names) else "nothing"
             raise ValueError(
@@ -76,8 +79,6 @@ class TaskCheckpoints:
 
     def save(self, state: TrainState, best: Trainable, loop: Loop) -> None:
         """Saves in the background. The arrays are copied first: the next step donates their buffers."""
-        if self._manager.latest_step() == loop.step:
-            self._manager.delete(loop.step)
         state, best = jax.tree.map(lambda x: x.copy(), (state, best))
         self._manager.save(
             loop.step,
@@ -112,7 +113,7 @@ class TaskCheckpoints:
         return (
             _like(state, restored["latest"]),
             _like(state.trainable, restored["best"]),
-            Loop(**restored["loop"]),
+            Loop(**{**restored["loop"], "buckets": tuple(map(tuple, restored["loop"]["buckets"]))}),
         )
 
     def close(self) -> None:

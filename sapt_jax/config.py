@@ -64,12 +64,11 @@ FREE_ON_RESUME = (
     "data_dir",
     "data.prefetch_threads",
     "data.prefetch_batches",
-    "data.buckets",
-    "data.max_buckets",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "eval.batch_size",
     "eval.unseen_tasks",
+    "eval.single_task_runs",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -128,8 +127,14 @@ def check_config(config: Any) -> None:
         raise ValueError("\n".join(problems))
 
 
+def record_config(config: Any, workdir: Path) -> None:
+    """Writes WORKDIR/config.json, what `check_same_run` compares with."""
+    if jax.process_index() == 0:
+        write_text_atomically(workdir / "config.json", json.dumps(to_jsonable(flatten(config)), indent=1) + "\n")
+
+
 def check_same_run(config: Any, workdir: Path) -> None:
-    """Records the config in WORKDIR/config.json, or compares it with the one that started the run.
+    """Compares the config with the one that started the run in `workdir`, if there is one.
 
     Raises:
       ValueError: lists every field that differs and would change what was already computed.
@@ -148,5 +153,3 @@ def check_same_run(config: Any, workdir: Path) -> None:
                 f"{workdir} holds a run with other settings. Use a new --workdir, or the same settings.\n  "
                 + "\n  ".join(differ)
             )
-    if jax.process_index() == 0:
-        write_text_atomically(file, json.dumps(now, indent=1) + "\n")

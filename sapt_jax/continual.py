@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from sapt_jax import checkpoints, metrics, partitioning, run_log, terminal
-from sapt_jax.config import check_config, check_same_run, flatten
+from sapt_jax.config import check_config, check_same_run, flatten, record_config
 from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES, resolve_task_order
+from sapt_jax.data.stream import split_names
 from sapt_jax.fit import fit
-from sapt_jax.learner import Learner, build
+from sapt_jax.learner import Learner, build, make_method
 from sapt_jax.state import Frozen, Trainable, commit, grow
 
 commit_task = jax.jit(commit)
@@ -24,12 +25,21 @@ PROTOCOL = (
     "data.references",
     "data.target_keeps_end",
     "data.add_bos",
+    "data.max_source_length",
+    "data.max_target_length",
+    "data.dev_size",
+    "data.max_train",
+    "data.max_dev",
+    "data.max_test",
+    "data.seed",
     "data.on_bad_instance",
     "attention.pool_padding",
     "pet.stop_gradient_through_bank",
     "eval.references",
     "eval.max_new_tokens",
     "eval.beams",
+    "eval.length_penalty",
+    "data_source",
     "disabled_tasks",
 )
 
@@ -45,18 +55,28 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir)
     check_config(config)
+    check_same_run(config, workdir)
+    names = resolve_task_order(config.task_order, config.benchmark)
+    checkpoints.check_order(workdir, names)
+    disabled = _disabled_tasks(config, names, workdir)
+    single_task_scores = _single_task_scores(config, names)
     mesh = partitioning.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
         learner, base = build(config, mesh)
-        check_same_run(config, workdir)
-        checkpoints.check_order(workdir, learner.stream.names)
-        return _run_tasks(config, learner, base, workdir)
+        record_config(config, workdir)
+        return _run_tasks(config, learner, base, workdir, disabled, single_task_scores)
 
 
-def _run_tasks(config: Any, learner: Learner, base: Any, workdir: Path) -> dict[str, Any]:
+def _run_tasks(
+    config: Any,
+    learner: Learner,
+    base: Any,
+    workdir: Path,
+    disabled: tuple[str, ...],
+    single_task_scores: dict[str, float],
+) -> dict[str, Any]:
     names = learner.stream.names
     folders = [checkpoints.task_folder(workdir, index, name) for index, name in enumerate(names)]
-    disabled = _disabled_tasks(config, names, folders)
     # What a withdrawn task's absence changes lies beside what was found with it, not over it.
     results = workdir / f"without-{'-'.join(disabled)}" if disabled else workdir
     capacity = learner.method.capacity(max(len(names), config.pet.capacity))
@@ -76,7 +96,7 @@ def _run_tasks(config: Any, learner: Learner, base: Any, workdir: Path) -> dict[
             slot = learner.method.slot_index(index)
             fresh = learner.open_task(config.seed, index, trainable)
             if checkpoints.has_committed(folder):
-                saved = learner.init_frozen(base, checkpoints.saved_capacity(folder), disabled)
+                saved = learner.init_frozen(base, checkpoints.saved_capacity(folder), ())
                 saved, trainable = checkpoints.load_committed(folder, saved, fresh)
                 frozen = grow(saved, capacity).replace(enabled=frozen.enabled)
             else:
@@ -92,11 +112,13 @@ def _run_tasks(config: Any, learner: Learner, base: Any, workdir: Path) -> dict[
                     task.name: _test(config, learner, frozen, trainable, results, index, len(names) + number)
                     for number, task in enumerate(learner.stream.unseen)
                 }
-            scores = _write_scores(config, learner, results, matrix, frozen, unseen)
+            scores = _write_scores(config, learner, results, matrix, frozen, unseen, single_task_scores)
             table = terminal.score_table(
                 matrix, names, scores["metric_per_task"], title=f"Scores, {config.method}", width=console.width
             )
             console.print(table)
+    for category, score in scores.get("category_scores", {}).items():
+        console.print(f"mean of {category}: {terminal.format_score(score)}")
     for name, score in unseen.items():
         console.print(f"never trained on: {name} {terminal.format_score(score)}")
     places = {
@@ -108,16 +130,37 @@ def _run_tasks(config: Any, learner: Learner, base: Any, workdir: Path) -> dict[
     return scores
 
 
-def _disabled_tasks(config: Any, names: tuple[str, ...], folders: list[Path]) -> tuple[str, ...]:
+def _disabled_tasks(config: Any, names: tuple[str, ...], workdir: Path) -> tuple[str, ...]:
     disabled = resolve_task_order(config.disabled_tasks, config.benchmark) if config.disabled_tasks else ()
+    method = make_method(config)
     for name in disabled:
         if name not in names:
             raise ValueError(f"config.disabled_tasks names {name}, which is not in config.task_order.")
-        if not checkpoints.has_committed(folders[names.index(name)]):
+        index = names.index(name)
+        if not checkpoints.has_committed(checkpoints.task_folder(workdir, index, name)):
             raise ValueError(
                 f"config.disabled_tasks names {name}, which this run has not learned: take it out of the order."
             )
+        if [method.slot_index(other) for other in range(len(names))].count(method.slot_index(index)) > 1:
+            raise ValueError(
+                f"config.disabled_tasks names {name}, but with config.method={config.method!r} tasks share a block: "
+                "none of them can be withdrawn."
+            )
     return disabled
+
+
+def _protocol(config: Any) -> dict[str, Any]:
+    values = flatten(config)
+    return {name: values[name] for name in PROTOCOL}
+
+
+def _single_task_scores(config: Any, names: tuple[str, ...]) -> dict[str, float]:
+    workdirs = split_names(config.eval.single_task_runs)
+    scores = run_log.read_single_task_scores(workdirs, _protocol(config))
+    missing = [name for name in names if name not in scores]
+    if workdirs and missing:
+        raise ValueError(f"config.eval.single_task_runs has no run of {', '.join(missing)}.")
+    return scores
 
 
 def _resume_point(folders: list[Path]) -> tuple[int, int] | None:
@@ -169,23 +212,30 @@ def _test(
 
 
 def _write_scores(
-    config: Any, learner: Learner, results: Path, matrix: np.ndarray, frozen: Frozen, unseen: dict[str, float]
+    config: Any,
+    learner: Learner,
+    results: Path,
+    matrix: np.ndarray,
+    frozen: Frozen,
+    unseen: dict[str, float],
+    single_task_scores: dict[str, float],
 ) -> dict[str, Any]:
     names = learner.stream.names
     finished = metrics.finished_part(matrix)
-    values = flatten(config)
+    alone = [single_task_scores[name] for name in names[: len(finished)]] if single_task_scores else None
     scores = {
         "method": config.method,
         "task_order": names,
         "metric_per_task": {task.name: task.task.metric for task in learner.stream.tasks},
         "matrix": matrix,
-        "summary": metrics.summarise(finished, None),
+        "summary": metrics.summarise(finished, alone),
         "seeds": {"seed": config.seed, "data.seed": config.data.seed},
-        "protocol": {name: values[name] for name in PROTOCOL},
+        "protocol": _protocol(config),
         "reflection_targets": frozen.targets,
         "buckets": learner.stream.buckets,
         "truncated": learner.stream.truncated(),
         "unseen": unseen,
+        "single_task_scores": single_task_scores,
         "config": config,
     }
     categories = {name: category for category, members in SUPERNI_CATEGORIES.items() for name in members}

@@ -47,9 +47,11 @@ def map_sources(
         process_count=jax.process_count(),
     )
     for own, batch in batches:
-        placed = place_batch({name: batch[name] for name in ("source", "source_mask")}, layout.mesh)
+        # Row numbers travel with the rows: a mesh may order its devices otherwise than the processes.
+        named = {"source": batch["source"], "source_mask": batch["source_mask"], "rows": own.astype(np.int32)}
+        placed = place_batch(named, layout.mesh)
         outputs.append(function(placed["source"], placed["source_mask"]))
-        rows.append(own)
+        rows.append(placed["rows"])
     order = np.concatenate([_gather(own) for own in rows])
     real = order != FILLER
     place = np.argsort(order[real])

@@ -62,13 +62,13 @@ def fit(
         state, best, loop = saved
     else:
         state = state.replace(trainable=learner.warm_start(config.seed, task_index, frozen, trainable, pools))
-        best, loop = jax.tree.map(jnp.copy, state.trainable), Loop()
+        best, loop = jax.tree.map(jnp.copy, state.trainable), Loop(buckets=learner.stream.buckets)
     slot_index = learner.method.slot_index(task_index)
     scalars = replicate(TaskScalars(*np.array([task_index, slot_index, steps], np.int32)), learner.mesh)
     place = f"task {task_index + 1}/{len(learner.stream.tasks)} {task.name}"
     with TrainingProgress(console, place, steps, first_step=loop.step) as progress:
         curves = _Curves(config, task, task_index, slot_index, log, progress)
-        for batch in _batches(config, learner, task, task_index, loop.step, steps) if not loop.finished else ():
+        for batch in _batches(config, learner, task, task_index, loop, steps) if not loop.finished else ():
             state, metrics = learner.train_step(frozen, state, batch, pools, scalars)
             step = loop.step + 1
             curves.add(step, metrics)
@@ -85,7 +85,7 @@ def fit(
             every = config.train.checkpoint_every_steps
             if evaluate or (every and step % every == 0):
                 # A run that goes on from here finds its curves up to here.
-                curves.write_complete()
+                curves.flush()
                 checkpoints.save(state, best, loop)
             if loop.finished:
                 break
@@ -100,19 +100,19 @@ def _after_evaluation(loop: Loop, score: float, patience: int) -> Loop:
     best_step = loop.step if better or score == loop.best_score else loop.best_step
     best_score = score if better else loop.best_score
     finished = loop.finished or bool(patience and stale >= patience)
-    return Loop(loop.step, best_step, best_score, stale, finished)
+    return dataclasses.replace(loop, best_step=best_step, best_score=best_score, stale=stale, finished=finished)
 
 
 def _batches(
-    config: Any, learner: Learner, task: EncodedTask, task_index: int, start_step: int, steps: int
+    config: Any, learner: Learner, task: EncodedTask, task_index: int, loop: Loop, steps: int
 ) -> Iterator[dict[str, jax.Array]]:
     batches = train_batches(
         task.train,
-        learner.stream.buckets,
+        loop.buckets,
         batch_size=config.train.batch_size,
         seed=config.seed,
         task_index=task_index,
-        start_step=start_step,
+        start_step=loop.step,
         num_steps=steps,
         padding_side=learner.model.padding_side,
         pad_id=learner.tokenizer.pad_id,
@@ -158,15 +158,14 @@ class _Curves:
             self._write(self._full)
             self._full, self._filling = self._filling, []
 
-    def write_complete(self) -> None:
-        """Writes the last complete interval, if it is not written yet."""
-        self._write(self._full)
-        self._full = []
-
-    def close(self) -> None:
-        """Writes what is left, and warns where the new slot was never used."""
+    def flush(self) -> None:
+        """Ends the interval here, and writes what is not written yet."""
         self._write(self._full)
         self._write(self._filling)
+        self._full, self._filling = [], []
+
+    def close(self) -> None:
+        """Warns where the new slot was never used."""
         if not self._gate_open:
             logging.getLogger(__name__).warning(
                 "%s: the mean attention on the new slot stayed under %.0f%%, so older blocks learned the task. Raise "

@@ -54,6 +54,8 @@ class Learner:
 
     def warm_start(self, seed: int, task_index: int, frozen: Frozen, trainable: Trainable, pools: Pools) -> Trainable:
         """The trainable tree after the method's warm start on the task's training inputs."""
+        if not self.method.warm_start_steps:
+            return trainable
         (pooled,) = self._pool(frozen.base, self.stream.tasks[task_index].train)
         # A fixed number of rows: tasks differ in size and share one program.
         rows = np.random.default_rng([seed, task_index]).integers(len(pooled), size=WARM_START_ROWS)
@@ -69,10 +71,8 @@ class Learner:
         """An empty bank of `capacity` slots around the pretrained model, less the slots of withdrawn tasks."""
         shape = self.model.config
         enabled = np.ones((capacity,), bool)
-        for index, name in enumerate(self.stream.names):
-            # A slot that is yet to be trained counts in a bank that is smaller than the stream.
-            if name in disabled and self.method.slot_index(index) < capacity:
-                enabled[self.method.slot_index(index)] = False
+        for name in disabled:
+            enabled[self.method.slot_index(self.stream.names.index(name))] = False
         frozen = init_frozen(None, self.model.pet_sites(shape), self.method.rank, shape.d_model, capacity)
         frozen = partitioning.replicate(frozen.replace(enabled=enabled), self.mesh)
         return frozen.replace(base=base)
@@ -142,7 +142,11 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
     """
     method = make_method(config)
     partitioning.check_batch_sizes(
-        {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size}, mesh
+        {
+            "train.batch_size / accumulation": config.train.batch_size // config.train.accumulation,
+            "eval.batch_size": config.eval.batch_size,
+        },
+        mesh,
     )
     model_options = config.model
     shape = read_shape(model_options.path, model_options.variant)
@@ -191,6 +195,7 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
             lambda step, total: schedule_factor(options.schedule, step, options.warmup_steps, total),
             config.train.accumulation,
             config.seed,
+            partitioning.replicated(mesh),
         ),
         warm_start_step=jax.jit(method.warm_start),
         generate=make_generate(

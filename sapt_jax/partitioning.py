@@ -107,6 +107,11 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device of the mesh holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every leaf on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, replicated(mesh))

@@ -128,6 +128,24 @@ def read_scores(workdir: str | Path) -> dict[str, Any]:
     return scores
 
 
+def read_single_task_scores(workdirs: Sequence[str], protocol: Mapping[str, Any]) -> dict[str, float]:
+    """Task -> score of runs that learned one task each, what FWT compares with.
+
+    Raises FileNotFoundError or ValueError: a folder without scores, a run of several tasks, or another protocol.
+    """
+    scores = {}
+    for workdir in workdirs:
+        run = read_scores(workdir)
+        if len(run["task_order"]) != 1:
+            raise ValueError(f"{workdir}: a run of {len(run['task_order'])} tasks; FWT needs runs of one task each")
+        wanted = to_jsonable(protocol)
+        differ = sorted(name for name in wanted if run["protocol"].get(name) != wanted[name])
+        if differ:
+            raise ValueError(f"{workdir}: scored with other settings of {', '.join(differ)}; run it with this run's")
+        scores[run["task_order"][0]] = float(run["matrix"][0, 0])
+    return scores
+
+
 def predictions_file(workdir: str | Path, task_order: Sequence[str], task_index: int, tested_index: int) -> Path:
     """Where the answers on task tested_index after training task task_index lie."""
     trained, tested = task_order[task_index], task_order[tested_index]
@@ -243,8 +261,8 @@ class RunLog:
 
     def _drop_events(self) -> None:
         last_kept = -1 if self._resume_from is None else self._resume_from[0]
-        for folder in self._events.glob("[0-9][0-9]-*"):
-            if int(folder.name[:2]) > last_kept:
+        for folder in self._events.glob("*-*"):
+            if int(folder.name.split("-", 1)[0]) > last_kept:
                 shutil.rmtree(folder)
 
 

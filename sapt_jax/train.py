@@ -53,6 +53,7 @@ def make_train_step(
     schedule: Callable[[jax.Array, jax.Array], jax.Array],
     accumulation: int,
     seed: int,
+    state_sharding: jax.sharding.Sharding | None,
 ) -> Callable:
     """Builds `step(frozen, state, batch, pools, task) -> (state, metrics)`, jitted, `state` donated.
 
@@ -64,7 +65,8 @@ def make_train_step(
       pools: pseudo-samples of earlier tasks.
       task: traced, so that all tasks share one program for each batch shape.
 
-    `schedule(step, total_steps)` is the share of the peak learning rates at a step.
+    `schedule(step, total_steps)` is the share of the peak learning rates at a step. `state_sharding` is that of the
+    state and the metrics, on a mesh: what goes into the next step has to be placed as what came into this one.
 
     Metrics are arrays on the device: loss, task_loss, reflection_loss, grad_norm, tokens, attention [T].
     """
@@ -88,7 +90,8 @@ def make_train_step(
 
     def step(frozen: Frozen, state: TrainState, batch: Batch, pools: Pools, task: TaskScalars):
         tokens = jnp.maximum(batch["target_mask"].sum(), 1)
-        micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        # Every device keeps its rows: a micro-batch takes some of each device's.
+        micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def accumulate(total, rows):
             value_and_grad = jax.value_and_grad(task_loss, has_aux=True)
@@ -122,7 +125,7 @@ def make_train_step(
         }
         return TrainState(trainable, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=1)
+    return jax.jit(step, donate_argnums=1, out_shardings=state_sharding)
 
 
 def make_weights_step(model: nn.Module, method: Method) -> Callable:

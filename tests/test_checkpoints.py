@@ -74,7 +74,7 @@ def test_nothing_saved_is_none(tmp_path):
     assert checkpoints.latest_step(tmp_path / "task") == 0
 
 
-@pytest.mark.parametrize("loop", [Loop(7), Loop(7, 4, 0.1 + 0.2, 2, True)])
+@pytest.mark.parametrize("loop", [Loop(7), Loop(7, 4, 0.1 + 0.2, 2, True, ((16, 4), (32, 8)))])
 def test_a_task_in_training_comes_back_bit_for_bit(loop, tmp_path):
     state, best = make_state(1), make_trainable(3)
     save(tmp_path, state, best, loop)
@@ -93,14 +93,6 @@ def test_the_latest_of_several_saves_wins(tmp_path):
     state, best, loop = restore(tmp_path, make_state(0))
     assert_same_bits((state, best), (make_state(100), make_trainable(100)))
     assert loop == Loop(100) and checkpoints.latest_step(tmp_path) == 100
-
-
-def test_saving_a_step_again_replaces_it(tmp_path):
-    save(tmp_path, make_state(1), make_trainable(1), Loop(5))
-    save(tmp_path, make_state(2), make_trainable(2), Loop(5, finished=True))
-    state, best, loop = restore(tmp_path, make_state(0))
-    assert_same_bits((state, best), (make_state(2), make_trainable(2)))
-    assert loop.finished
 
 
 def test_what_is_saved_is_not_what_the_buffers_hold_later(tmp_path):

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import common, demo, smollm2_superni
 from sapt_jax import config as checks
-from sapt_jax.config import check_config, check_same_run, flatten, unknown_fields
+from sapt_jax.config import check_config, check_same_run, flatten, record_config, unknown_fields
 
 
 def changed(**changes) -> ConfigDict:
@@ -79,14 +79,14 @@ def test_a_batch_that_does_not_split_into_its_parts_is_named():
 
 
 def test_a_run_records_its_config_and_goes_on_with_the_same(tmp_path):
-    check_same_run(changed(seed=7), tmp_path / "run")
+    record_config(changed(seed=7), tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded == {**flatten(common.get_config()), "data.buckets": [], "seed": 7}
     check_same_run(changed(seed=7), tmp_path / "run")
 
 
 def test_settings_that_differ_are_all_listed_and_change_nothing(tmp_path):
-    check_same_run(common.get_config(), tmp_path)
+    record_config(common.get_config(), tmp_path)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ValueError) as error:
         check_same_run(changed(**{"seed": 7, "optimizer.key_learning_rate": 0.5, "data_dir": "other"}), tmp_path)
@@ -106,11 +106,10 @@ def test_every_field_but_the_free_ones_is_compared(tmp_path):
     assert set(checks.FREE_ON_RESUME) <= fields.keys()
     for number, (name, value) in enumerate(fields.items()):
         workdir = tmp_path / str(number)
-        check_same_run(common.get_config(), workdir)
+        record_config(common.get_config(), workdir)
         config = changed(**{name: True if name == "data.add_bos" else other[type(value)](value)})
         if name in checks.FREE_ON_RESUME:
             check_same_run(config, workdir)
-            assert json.loads((workdir / "config.json").read_text())[name] != value
         else:
             with pytest.raises(ValueError, match=f"config.{name}: "):
                 check_same_run(config, workdir)

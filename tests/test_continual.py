@@ -144,8 +144,9 @@ def test_a_withdrawn_task_takes_no_part(finished, data_dir):
         assert row["attention_weights"][1] == 0
         np.testing.assert_allclose(sum(row["attention_weights"]), 1.0, atol=1e-5)
     assert predictions(workdir) == before
+    overrides = {"train.checkpoint_every_steps": 2, "disabled_tasks": "nobody"}
     with pytest.raises(ValueError, match="config.disabled_tasks names nobody"):
-        continual.run(tiny_config(data_dir, disabled_tasks="nobody"), workdir)
+        continual.run(tiny_config(data_dir, **overrides), workdir)
 
 
 def test_unseen_tasks_are_tested_after_the_last(finished, data_dir):
@@ -162,8 +163,22 @@ def test_unseen_tasks_are_tested_after_the_last(finished, data_dir):
     assert [json.loads(row)["references"] for row in rows] == [["cba", "abc"], ["dd"]]
 
 
-def test_sequential_lora_shares_the_loop(data_dir, tmp_path):
-    scores = continual.run(tiny_config(data_dir, method="seq_lora", task_order="shout,mirror"), tmp_path / "run")
+def test_sequential_lora_shares_the_loop_and_its_scores_serve_forward_transfer(data_dir, tmp_path):
+    scores = continual.run(tiny_config(data_dir, method="seq_lora", task_order="shout,mirror"), tmp_path / "both")
     assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(2)]).all()
-    arrays = committed(tmp_path / "run")
-    assert arrays["01-mirror"]["['keys']"].shape[0] == 1
+    assert scores["summary"]["FWT"] is None
+    assert committed(tmp_path / "both")["01-mirror"]["['keys']"].shape[0] == 1
+    with pytest.raises(ValueError, match="tasks share a block"):
+        config = tiny_config(data_dir, method="seq_lora", task_order="shout,mirror", disabled_tasks="shout")
+        continual.run(config, tmp_path / "both")
+
+    for name in ("shout", "mirror"):
+        continual.run(tiny_config(data_dir, method="seq_lora", task_order=name), tmp_path / name)
+    overrides = {"eval.single_task_runs": f"{tmp_path / 'shout'},{tmp_path / 'mirror'}"}
+    config = tiny_config(data_dir, method="seq_lora", task_order="shout,mirror", **overrides)
+    again = continual.run(config, tmp_path / "both")
+    alone = [json.loads((tmp_path / name / "scores.json").read_text())["matrix"][0][0] for name in ("shout", "mirror")]
+    np.testing.assert_allclose(again["summary"]["FWT"], np.mean(np.diag(scores["matrix"]) - alone), atol=1e-9)
+    config.eval.single_task_runs = str(tmp_path / "shout")
+    with pytest.raises(ValueError, match="config.eval.single_task_runs has no run of mirror"):
+        continual.run(config, tmp_path / "both")

@@ -13,11 +13,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from sapt_jax import checkpoints, continual
-from sapt_jax.config import check_same_run
+from sapt_jax.config import record_config
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.variants import LLAMA_VARIANTS
 from sapt_jax.state import init_frozen
 from tests.tiny import tiny_config, tiny_method, write_tasks
+from tests.tiny_tokenizers import byte_level, train_bpe
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -90,7 +91,7 @@ def make_state(config, shape):
 
 
 def test_a_run_of_another_model(data_dir, tmp_path):
-    check_same_run(tiny_config(data_dir, **{"model.variant": "smollm2-135m"}), tmp_path / "run")
+    record_config(tiny_config(data_dir, **{"model.variant": "smollm2-135m"}), tmp_path / "run")
     message = message_of(tiny_config(data_dir), tmp_path / "run")
     assert str(tmp_path / "run") in message and "Use a new --workdir" in message
     assert "config.model.variant: 'smollm2-135m' before, 'llama-tiny' now" in message
@@ -150,3 +151,13 @@ def test_main_prints_one_message_and_exits_with_1(data_dir, tmp_path):
         assert done.returncode == 1
         assert done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr
         assert done.stdout == "" and not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_does_not_fit_the_embedding(data_dir, tmp_path):
+    model = train_bpe(byte_level(use_regex=True))
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    config = tiny_config(data_dir, **{"model.tokenizer": str(tmp_path / "tokenizer.json")})
+    message = message_of(config, tmp_path / "run")
+    assert f"the tokenizer has {model.get_vocab_size()} ids, the model's embedding 384 rows" in message
+    assert "config.model.tokenizer" in message

@@ -86,7 +86,7 @@ def scalars(index, slot=None, steps=10):
 
 @functools.cache
 def compiled_step(method, accumulation, optimizer):
-    return make_train_step(MODEL, method, optimizer, lambda step, total: 1.0, accumulation, 0)
+    return make_train_step(MODEL, method, optimizer, lambda step, total: 1.0, accumulation, 0, None)
 
 
 def run_step(method, frozen, trainable, batch, pools, task_index, accumulation=1, optimizer=None):
@@ -249,7 +249,7 @@ def test_one_compile_for_five_tasks():
         traces.append(1)
         return (step + 1) / total
 
-    step = make_train_step(MODEL, method, optimizer, schedule, 1, 0)
+    step = make_train_step(MODEL, method, optimizer, schedule, 1, 0, None)
     frozen, trainable = make_state(21, tasks=5)
     committing = jax.jit(commit)
     for task in range(5):

@@ -283,25 +283,31 @@ def load_task(
 
 
 def load_unseen_task(
-    name: str, *, benchmark: str, data_dir: str | None, max_test: int, seed: int, on_bad_instance: str
+    name: str, *, benchmark: str, source: str, data_dir: str | None, max_test: int, seed: int, on_bad_instance: str
 ) -> Task:
-    """Reads a task that is only tested: `CL_Benchmark_unseen/{benchmark folder}/{name}/test.json`; train and
-    dev are ().
+    """Reads a task that is only tested; train and dev are ().
+
+    It comes from `source` where one is named, such as a clone of natural-instructions, else from
+    `CL_Benchmark_unseen/{benchmark folder}/{name}/test.json`.
 
     Arguments and errors as in `load_task`.
     """
     chosen = _choose(BENCHMARKS, benchmark, "benchmark")
-    task = read_cl_benchmark(
-        name,
-        root=resolve_data_dir(data_dir),
-        benchmark_folder=chosen.folder,
-        known=(),
-        splits=("test",),
-        on_bad_instance=on_bad_instance,
-        parent="CL_Benchmark_unseen",
-    )
+    if source:
+        task = _choose(SOURCES, source, "data source")(name, chosen, data_dir, on_bad_instance, seed)
+    else:
+        task = read_cl_benchmark(
+            name,
+            root=resolve_data_dir(data_dir),
+            benchmark_folder=chosen.folder,
+            known=(),
+            splits=("test",),
+            on_bad_instance=on_bad_instance,
+            parent="CL_Benchmark_unseen",
+        )
     if not task.test:
         raise ValueError(f"{name}: its test split is empty. Fill it, or take the task out of config.eval.unseen_tasks.")
     report_problems(task, on_bad_instance)
     test = _sample(task.test, max_test, task_rng(seed, name, "test"))
-    return dataclasses.replace(task, test=test, metric=chosen.metric, prompt=chosen.prompt)
+    metric, prompt = chosen.metric or task.metric, chosen.prompt or task.prompt
+    return dataclasses.replace(task, train=(), dev=(), test=test, metric=metric, prompt=prompt)

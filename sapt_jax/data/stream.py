@@ -140,6 +140,7 @@ def _load_unseen(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRu
     task = load_unseen_task(
         name,
         benchmark=config.benchmark,
+        source=config.data_source,
         data_dir=config.data_dir,
         max_test=config.data.max_test,
         seed=config.data.seed,

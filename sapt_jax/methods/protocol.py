@@ -27,6 +27,8 @@ class Pools:
 class Method(Protocol):
     """The decisions of a method; pure functions of their arguments."""
 
+    warm_start_steps: int
+
     def capacity(self, num_tasks: int) -> int:
         """Slots that the bank needs for a sequence of `num_tasks`."""
 
