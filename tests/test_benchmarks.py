@@ -250,12 +250,30 @@ def test_unseen_tasks_have_a_test_split_only(tmp_path):
     folder = tmp_path / "CL_Benchmark_unseen" / "SuperNI" / "task9_new"
     folder.mkdir(parents=True)
     (folder / "test.json").write_text(json.dumps({"Definition": ["Do."], "Instances": rows(5)}))
-    options = dict(benchmark="superni", data_dir=str(tmp_path), seed=0, on_bad_instance="error")
+    options = dict(benchmark="superni", source="", data_dir=str(tmp_path), seed=0, on_bad_instance="error")
     task = load_unseen_task("task9_new", max_test=3, **options)
     assert (task.train, task.dev, len(task.test)) == ((), (), 3)
     assert (task.metric, task.prompt, task.definition) == ("rouge_l", "superni", "Do.")
     with pytest.raises(ValueError, match="unknown task 'task9_ne'.*'task9_new'"):
         load_unseen_task("task9_ne", max_test=0, **options)
+
+
+def test_unseen_tasks_come_from_the_configured_source(tmp_path):
+    (tmp_path / "own_task").mkdir()
+    for split, count in (("train", 4), ("test", 3)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows(count))
+        (tmp_path / "own_task" / f"{split}.jsonl").write_text(lines)
+    task = load_unseen_task(
+        "own_task",
+        benchmark="own",
+        source="own",
+        data_dir=str(tmp_path),
+        max_test=0,
+        seed=0,
+        on_bad_instance="error",
+    )
+    assert (task.train, task.dev, len(task.test)) == ((), (), 3)
+    assert (task.metric, task.prompt) == ("rouge_l", "plain")
 
 
 SIZES = {
@@ -279,7 +297,7 @@ def test_all_real_unseen_tasks_load():
     assert not set(names) & set(benchmarks.BENCHMARKS["superni"].tasks)
     for name in names:
         task = load_unseen_task(
-            name, benchmark="superni", data_dir=str(REAL), max_test=0, seed=0, on_bad_instance="error"
+            name, benchmark="superni", source="", data_dir=str(REAL), max_test=0, seed=0, on_bad_instance="error"
         )
         assert len(task.test) == 100 and task.definition
 

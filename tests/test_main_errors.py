@@ -155,6 +155,7 @@ def test_main_prints_one_message_and_exits_with_1(data_dir, tmp_path):
 
 def test_a_vocabulary_that_does_not_fit_the_embedding(data_dir, tmp_path):
     model = train_bpe(byte_level(use_regex=True))
+    model.add_tokens([f"<{number}>" for number in range(200)])
     model.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     config = tiny_config(data_dir, **{"model.tokenizer": str(tmp_path / "tokenizer.json")})
