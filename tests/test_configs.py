@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import common, paper
-from sapt_jax.config import check_config
+from sapt_jax.config import check_config, flatten
 from sapt_jax.data.benchmarks import TASK_ORDERS, resolve_task_order
 from sapt_jax.learner import make_method
 from sapt_jax.models.loading import DTYPES, VARIANTS
@@ -125,3 +125,27 @@ def test_argument_reaches_the_config_from_the_command_line(monkeypatch):
     assert holder.value.task_order == "superni_748"
     assert holder.value.model.path == paper.T5_FOLDERS["xxl"]
     assert holder.value.pet.rank == 2
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_one_argument_brings_the_released_protocol_back(name):
+    mended, released = (module_of(name).get_config(f"protocol={choice}") for choice in ("mended", "released"))
+    is_llama = name.startswith("llama2")
+    expected = {
+        "data.dev_is_test": True,
+        "attention.pool_padding": True,
+        "data.truncation": "end",
+        "data.references": "random",
+        "eval.references": "random",
+        "data.on_bad_instance": "keep",
+        "data.add_bos": False,
+        "data.target_keeps_end": not is_llama,
+        "pet.stop_gradient_through_bank": True,
+    }
+    before, after = flatten(mended), flatten(released)
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == expected.keys() - ({"data.target_keeps_end"} if not is_llama else set())
+    assert {key: after[key] for key in expected} == expected
+    check_config(released)
+    with pytest.raises(ValueError, match="protocol='paper' is unknown"):
+        module_of(name).get_config("protocol=paper")
