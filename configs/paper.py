@@ -73,24 +73,29 @@ def choose_folder(folders: dict[str, str], size: str) -> str:
     return folders[size]
 
 
-def superni_t5(argument: str, size: str) -> ConfigDict:
-    """SuperNI on T5 (gen_script_superni_t5.py). `argument` may name `order`, `size` and `protocol`."""
-    chosen = parse_argument(argument, order="superni_1572", size=size, protocol="mended")
+def _t5(order: str, size: str) -> ConfigDict:
     c = common.get_config()
-    c.benchmark = "superni"
-    c.task_order = chosen["order"]
-    c.model.path = choose_folder(T5_FOLDERS, chosen["size"])
+    c.task_order = order
+    c.model.path = choose_folder(T5_FOLDERS, size)
     c.optimizer.learning_rate = 3e-4
-    c.train.epochs = 100
-    # 8 rows times 4 accumulated batches on one GPU.
+    # On one GPU: 8 rows times 4 accumulated batches for SuperNI, 16 times 2 for Long Sequence.
     c.train.batch_size = 32
     c.eval.batch_size = 128
     c.data.max_source_length = 512
+    # As many as one update of the released code sees of each task.
+    c.pseudo_samples.batch_size = 32
+    return c
+
+
+def superni_t5(argument: str, size: str) -> ConfigDict:
+    """SuperNI on T5 (gen_script_superni_t5.py). `argument` may name `order`, `size` and `protocol`."""
+    chosen = parse_argument(argument, order="superni_1572", size=size, protocol="mended")
+    c = _t5(chosen["order"], chosen["size"])
+    c.benchmark = "superni"
+    c.train.epochs = 100
     c.pet.rank = 4
     # The script's 0.5, which is not divided by the 4 accumulated batches that it is added to.
     c.kl_ratio = 2.0
-    # As many as one update of the released code sees of each task.
-    c.pseudo_samples.batch_size = 32
     c.pseudo_samples.dir = "lora_gen_superni_t5"
     return apply_protocol(c, chosen["protocol"])
 
@@ -98,22 +103,13 @@ def superni_t5(argument: str, size: str) -> ConfigDict:
 def long_t5(argument: str, size: str) -> ConfigDict:
     """Long Sequence on T5 (gen_script_long_t5.py). `argument` may name `order`, `size` and `protocol`."""
     chosen = parse_argument(argument, order="long_yelp", size=size, protocol="mended")
-    c = common.get_config()
+    c = _t5(chosen["order"], chosen["size"])
     c.benchmark = "long_sequence"
-    c.task_order = chosen["order"]
-    c.model.path = choose_folder(T5_FOLDERS, chosen["size"])
-    c.optimizer.learning_rate = 3e-4
     # The released code keeps the checkpoint of its only evaluation, at epoch 5, for most tasks.
     c.train.epochs = 10
-    # 16 rows times 2 accumulated batches on one GPU.
-    c.train.batch_size = 32
-    c.eval.batch_size = 128
-    c.data.max_source_length = 512
     c.pet.rank = 8
     # The script's 0.1, which is not divided by the 2 accumulated batches that it is added to.
     c.kl_ratio = 0.2
-    # As many as one update of the released code sees of each task.
-    c.pseudo_samples.batch_size = 32
     c.pseudo_samples.dir = "lora_gen_long_t5"
     return apply_protocol(c, chosen["protocol"])
 
