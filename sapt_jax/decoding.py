@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sapt_jax.beam_search import beam_search
 from sapt_jax.methods.protocol import Method
-from sapt_jax.train import pooled_source
+from sapt_jax.train import attention_weights
 
 
 def greedy(
@@ -57,8 +57,7 @@ def make_generate(
     """
 
     def generate(frozen, trainable, source, source_mask, slot_index):
-        pooled = pooled_source(model, method, frozen.base, source, source_mask)
-        weights = jnp.exp(method.log_weights(frozen, trainable, pooled, slot_index))
+        weights = attention_weights(model, method, frozen, trainable, source, source_mask, slot_index)
         mixture = method.mixture(frozen, trainable, weights, slot_index)
         variables = {"params": frozen.base}
         logits, cache = model.apply(variables, source, source_mask, new_tokens, mixture, method="prefill")

@@ -20,10 +20,10 @@ from sapt_jax.decoding import make_generate
 from sapt_jax.evaluation import Layout, decode_texts, map_sources
 from sapt_jax.methods import METHODS
 from sapt_jax.methods.protocol import Method, Pools
-from sapt_jax.models.loading import load_model, make_model, read_shape
+from sapt_jax.models.loading import load_params, make_model, read_shape
 from sapt_jax.optimization import make_optimizer, schedule_factor
 from sapt_jax.state import Frozen, Trainable, init_frozen
-from sapt_jax.train import make_train_step, make_weights_step, pooled_source
+from sapt_jax.train import attention_weights, make_train_step, pooled_source
 
 WARM_START_ROWS = 256
 
@@ -131,6 +131,26 @@ def make_method(config: Any) -> Method:
     )
 
 
+def read_inputs(config: Any) -> tuple[nn.Module, Tokenizer, Stream]:
+    """The model without its weights, the tokenizer, and the tokenised tasks.
+
+    Raises:
+      ValueError or FileNotFoundError: naming the file or config field at fault.
+    """
+    options = config.model
+    shape = read_shape(options.path, options.variant)
+    if not (options.tokenizer or options.path):
+        raise ValueError('config.model.tokenizer is empty: name one, or "bytes", for a model without a path.')
+    tokenizer = load_tokenizer(options.tokenizer or resolve_path(options.path))
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
+            "config.model.tokenizer must be the one that the model was trained with."
+        )
+    model = make_model(shape, options.dtype, options.remat)
+    return model, tokenizer, load_stream(config, tokenizer, model.padding_side)
+
+
 def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
     """Reads model and data, and builds the jitted functions.
 
@@ -148,27 +168,9 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
         },
         mesh,
     )
-    model_options = config.model
-    shape = read_shape(model_options.path, model_options.variant)
-    if not (model_options.tokenizer or model_options.path):
-        raise ValueError('config.model.tokenizer is empty: name one, or "bytes", for a model without a path.')
-    tokenizer = load_tokenizer(model_options.tokenizer or resolve_path(model_options.path))
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
-            "config.model.tokenizer must be the one that the model was trained with."
-        )
-    # Before the weights: these take minutes to load, and a mistake in the data would be told only then.
-    stream = load_stream(config, tokenizer, make_model(shape, model_options.dtype, model_options.remat).padding_side)
-    model, base = load_model(
-        model_options.path,
-        model_options.variant,
-        model_options.dtype,
-        model_options.param_dtype,
-        model_options.remat,
-        mesh,
-        config.seed,
-    )
+    # The data before the weights: these take minutes to load, and a mistake in the data would be told only then.
+    model, tokenizer, stream = read_inputs(config)
+    base = load_params(model, config.model.path, config.model.param_dtype, mesh, config.seed)
     options = config.optimizer
     optimizer = make_optimizer(
         options.learning_rate,
@@ -207,7 +209,7 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
             config.eval.beams,
             config.eval.length_penalty,
         ),
-        weights=make_weights_step(model, method),
+        weights=jax.jit(functools.partial(attention_weights, model, method)),
         pooled=jax.jit(functools.partial(pooled_source, model, method)),
     )
     return learner, base

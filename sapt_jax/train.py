@@ -46,6 +46,20 @@ def pooled_source(model: nn.Module, method: Any, base: Any, source: jax.Array, s
     return shared_attention.pool(embeddings, source_mask, method.pool_padding)
 
 
+def attention_weights(
+    model: nn.Module,
+    method: Method,
+    frozen: Frozen,
+    trainable: Trainable,
+    source: jax.Array,
+    source_mask: jax.Array,
+    slot_index: jax.Array,
+) -> jax.Array:
+    """Attention [B, T] of a batch of inputs."""
+    pooled = pooled_source(model, method, frozen.base, source, source_mask)
+    return jnp.exp(method.log_weights(frozen, trainable, pooled, slot_index))
+
+
 def make_train_step(
     model: nn.Module,
     method: Method,
@@ -73,8 +87,7 @@ def make_train_step(
     base_rng = jax.random.key(seed)
 
     def task_loss(trainable: Trainable, frozen: Frozen, batch: Batch, slot_index: jax.Array, tokens: jax.Array):
-        pooled = pooled_source(model, method, frozen.base, batch["source"], batch["source_mask"])
-        weights = jnp.exp(method.log_weights(frozen, trainable, pooled, slot_index))
+        weights = attention_weights(model, method, frozen, trainable, batch["source"], batch["source_mask"], slot_index)
         mixture = method.mixture(frozen, trainable, weights, slot_index)
         logits = model.apply(
             {"params": frozen.base},
@@ -126,13 +139,3 @@ def make_train_step(
         return TrainState(trainable, opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=1, out_shardings=state_sharding)
-
-
-def make_weights_step(model: nn.Module, method: Method) -> Callable:
-    """Builds the jitted `weights(frozen, trainable, source, source_mask, slot_index) -> [B, T]`."""
-
-    def weights(frozen, trainable, source, source_mask, slot_index):
-        pooled = pooled_source(model, method, frozen.base, source, source_mask)
-        return jnp.exp(method.log_weights(frozen, trainable, pooled, slot_index))
-
-    return jax.jit(weights)

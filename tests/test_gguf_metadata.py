@@ -4,25 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from gguf_files import write_gguf
+from gguf_files import FF, HEAD_DIM, HEADS, KV_HEADS, LAYERS, METADATA, VOCAB, WIDTH, write_gguf
 
 from sapt_jax.convert.loading import read_model_config
 from sapt_jax.models.variants import llama_config_from_hf
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, FF, VOCAB = 2, 4, 2, 64, 256, 512, 40
-METADATA = {
-    "llama.block_count": LAYERS,
-    "llama.context_length": 128,
-    "llama.embedding_length": WIDTH,
-    "llama.feed_forward_length": FF,
-    "llama.attention.head_count": HEADS,
-    "llama.attention.head_count_kv": KV_HEADS,
-    "llama.rope.dimension_count": HEAD_DIM,
-    "llama.rope.freq_base": 5000.0,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "tokenizer.ggml.bos_token_id": 1,
-    "tokenizer.ggml.eos_token_id": 2,
-}
 TIED = {"token_embd.weight": np.zeros((VOCAB, WIDTH), np.float32)}
 UNTIED = TIED | {"output.weight": np.zeros((VOCAB, WIDTH), np.float32)}
 

@@ -22,12 +22,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sapt_jax.convert.locate import resolve_path
 from sapt_jax.data.batching import count_positions, epoch_plan, eval_batches, steps_per_epoch, train_batches
 from sapt_jax.data.buckets import Bucket
-from sapt_jax.data.stream import EncodedTask, Stream, load_stream
-from sapt_jax.data.tokenizers import Tokenizer, load_tokenizer
-from sapt_jax.models.loading import make_model, read_shape
+from sapt_jax.data.stream import EncodedTask, Stream
+from sapt_jax.data.tokenizers import Tokenizer
+from sapt_jax.learner import read_inputs
 from sapt_jax.terminal import make_console
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -184,12 +183,8 @@ def _print_example(console: Console, task: EncodedTask, report: TaskReport, toke
 
 def inspect(config: Any, console: Console) -> tuple[list[TaskReport], PassReport]:
     """Prints the report of a run's config, and returns it. Raises what the run itself would raise."""
-    padding_side = make_model(
-        read_shape(config.model.path, config.model.variant), config.model.dtype, config.model.remat
-    ).padding_side
-    tokenizer = load_tokenizer(config.model.tokenizer or resolve_path(config.model.path))
     start = time.perf_counter()
-    stream = load_stream(config, tokenizer, padding_side)
+    model, tokenizer, stream = read_inputs(config)
     seconds = time.perf_counter() - start
     reports = [report_task(task, stream.buckets, batch_size=config.train.batch_size) for task in stream.tasks]
     for task, report in zip(stream.tasks, reports, strict=True):
@@ -199,7 +194,7 @@ def inspect(config: Any, console: Console) -> tuple[list[TaskReport], PassReport
         stream,
         train_batch_size=config.train.batch_size,
         eval_batch_size=config.eval.batch_size,
-        padding_side=padding_side,
+        padding_side=model.padding_side,
     )
     train_rows = sum(report.rows[0] for report in reports)
     padding = 1 - sum(r.train_tokens for r in reports) / sum(r.train_positions for r in reports)

@@ -61,17 +61,10 @@ def read_shape(path: str, variant: str) -> Any:
     return VARIANTS[variant]
 
 
-def load_model(path: str, variant: str, dtype: str, param_dtype: str, remat: str, mesh: Mesh, seed: int):
-    """Builds the model and loads its weights straight into their shardings.
-
-    Returns:
-      (module, base parameters). Without a path the weights are random, from `seed`.
-    """
-    model = make_model(read_shape(path, variant), dtype, remat)
+def load_params(model: nn.Module, path: str, param_dtype: str, mesh: Mesh, seed: int) -> Any:
+    """The model's base parameters, straight into their shardings. Without a path they are random, from `seed`."""
     abstract = partitioning.abstract_params(model, mesh, DTYPES[param_dtype])
-    if path:
-        return model, load_pretrained(path, abstract)
-    return model, init_params(model, abstract, seed)
+    return load_pretrained(path, abstract) if path else init_params(model, abstract, seed)
 
 
 def init_params(model: nn.Module, abstract: Any, seed: int) -> Any:
