@@ -36,11 +36,12 @@ def make_setting(config: Any, dtype: str, mesh: Any) -> tuple[Any, Method, Froze
     base = init_params(model, partitioning.abstract_params(model, mesh, DTYPES[dtype]), seed=0)
     method = make_method(config)
     sites, d_model = model.pet_sites(model.config), model.config.d_model
+    table = base["token_embedder"]["embedding"]
     rng = np.random.default_rng(0)
-    frozen = init_frozen(None, sites, config.pet.rank, d_model, TASKS.value)
+    frozen = init_frozen(None, method.pet, sites, d_model, TASKS.value)
     frozen = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(x.dtype), frozen)
     frozen = frozen.replace(enabled=np.ones((TASKS.value,), bool), targets=np.eye(TASKS.value, dtype=np.float32))
-    trainable = method.open_task(jax.random.key(0), sites, d_model, None)
+    trainable = method.open_task(jax.random.key(0), sites, table, None)
     frozen, trainable = partitioning.replicate((frozen, trainable), mesh)
     return model, method, frozen.replace(base=base), trainable
 

@@ -38,9 +38,13 @@ def get_config() -> ConfigDict:
     c.model.remat = "none"
 
     c.pet = ConfigDict()
+    # "lora" or "prompt": SAPT-LoRA or SAPT-Prompt.
+    c.pet.kind = "lora"
     c.pet.rank = 4
     c.pet.alpha = 32.0
     c.pet.stop_gradient_through_bank = False
+    # Vectors of a soft prompt.
+    c.pet.prompt_length = 10
     # Slots in the bank; 0 is one for each task of the order.
     c.pet.capacity = 0
 
@@ -50,6 +54,10 @@ def get_config() -> ConfigDict:
     c.attention.query_init_std = config_dict.placeholder(float)
     c.attention.temperature = 1.0
     c.attention.pool_padding = False
+    # What mixes the blocks in training: "attention", "own" (each task learns its block alone; its key then learns from
+    # the warm start) or "mean"; and at test time: "attention" or "mean". configs/ablations.py names the paper's.
+    c.attention.learning = "attention"
+    c.attention.selection = "attention"
     # Updates of the key and the query projection alone before a task's first step, so that its inputs find its slot.
     # Not in the paper. A fresh block is empty, so at first only the reflection loss pulls at the attention, and it
     # shuts the new slot; near zero, nothing is left to open it. At the paper's low rate and thousands of steps the

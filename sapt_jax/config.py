@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from configs import common
+from sapt_jax.methods.sapt import LEARNING, SELECTION
 from sapt_jax.metrics import REFERENCE_CHOICES
 from sapt_jax.models.loading import DTYPES
 from sapt_jax.optimization import SCHEDULES
@@ -17,6 +18,7 @@ from sapt_jax.run_log import to_jsonable, write_text_atomically
 POSITIVE = (
     "pet.rank",
     "pet.alpha",
+    "pet.prompt_length",
     "attention.query_hidden",
     "attention.temperature",
     "pseudo_samples.batch_size",
@@ -52,6 +54,9 @@ NOT_NEGATIVE = (
 )
 # Settings that would otherwise be found wrong only after the run has begun.
 CHOICES = {
+    "pet.kind": ("lora", "prompt"),
+    "attention.learning": LEARNING,
+    "attention.selection": SELECTION,
     "model.dtype": tuple(DTYPES),
     "model.param_dtype": tuple(DTYPES),
     "optimizer.schedule": SCHEDULES,

@@ -34,6 +34,7 @@ PROTOCOL = (
     "data.seed",
     "data.on_bad_instance",
     "attention.pool_padding",
+    "pet.kind",
     "pet.stop_gradient_through_bank",
     "eval.references",
     "eval.max_new_tokens",
@@ -94,7 +95,7 @@ def _run_tasks(
     with run_log.RunLog(workdir, resume_from=_resume_point(folders)) as log:
         for index, folder in enumerate(folders):
             slot = learner.method.slot_index(index)
-            fresh = learner.open_task(config.seed, index, trainable)
+            fresh = learner.open_task(config.seed, index, base, trainable)
             if checkpoints.has_committed(folder):
                 saved = learner.init_frozen(base, checkpoints.saved_capacity(folder), ())
                 saved, trainable = checkpoints.load_committed(folder, saved, fresh)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sapt_jax.beam_search import beam_search
 from sapt_jax.methods.protocol import Method
-from sapt_jax.train import attention_weights
+from sapt_jax.train import pooled_source
 
 
 def greedy(
@@ -51,17 +51,18 @@ def make_generate(
 ) -> Callable:
     """Builds the jitted `generate(frozen, trainable, source, source_mask, slot_index)`.
 
-    It returns tokens [B, new_tokens] and the attention weights [B, T] that they were decoded with. With one beam the
+    It returns tokens [B, new_tokens] and the weights [B, T] that the blocks were mixed with. With one beam the
     search is greedy; with more it is `beam_search`, whose `alpha` is `length_penalty`. The source is read once for all
     beams.
     """
 
     def generate(frozen, trainable, source, source_mask, slot_index):
-        weights = attention_weights(model, method, frozen, trainable, source, source_mask, slot_index)
+        pooled = pooled_source(model, method, frozen.base, source, source_mask)
+        weights = method.selection_weights(frozen, trainable, pooled, slot_index)
         mixture = method.mixture(frozen, trainable, weights, slot_index)
         variables = {"params": frozen.base}
         logits, cache = model.apply(variables, source, source_mask, new_tokens, mixture, method="prefill")
-        of_beams = mixture.replace(columns=jnp.repeat(mixture.columns, beams, axis=0))
+        of_beams = mixture.for_answers(beams)
 
         def decode_step(tokens, cache):
             return model.apply(variables, tokens, cache, of_beams, method="decode_step")

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from sapt_jax import partitioning
+from sapt_jax import partitioning, pet
 from sapt_jax.convert.locate import resolve_path
 from sapt_jax.data.encoding import EncodedSplit
 from sapt_jax.data.stream import Stream, load_stream
@@ -41,16 +41,15 @@ class Learner:
     optimizer: optax.GradientTransformation
     train_step: Callable
     warm_start_step: Callable
+    open_slot: Callable
     generate: Callable
     weights: Callable
     pooled: Callable
 
-    def open_task(self, seed: int, task_index: int, previous: Trainable | None) -> Trainable:
+    def open_task(self, seed: int, task_index: int, base: Any, previous: Trainable | None) -> Trainable:
         """What task `task_index` starts from."""
         rng = jax.random.fold_in(jax.random.key(seed), task_index)
-        config = self.model.config
-        trainable = self.method.open_task(rng, self.model.pet_sites(config), config.d_model, previous)
-        return partitioning.replicate(trainable, self.mesh)
+        return self.open_slot(rng, base["token_embedder"]["embedding"], previous)
 
     def warm_start(self, seed: int, task_index: int, frozen: Frozen, trainable: Trainable, pools: Pools) -> Trainable:
         """The trainable tree after the method's warm start on the task's training inputs."""
@@ -73,7 +72,7 @@ class Learner:
         enabled = np.ones((capacity,), bool)
         for name in disabled:
             enabled[self.method.slot_index(self.stream.names.index(name))] = False
-        frozen = init_frozen(None, self.model.pet_sites(shape), self.method.rank, shape.d_model, capacity)
+        frozen = init_frozen(None, self.method.pet, self.model.pet_sites(shape), shape.d_model, capacity)
         frozen = partitioning.replicate(frozen.replace(enabled=enabled), self.mesh)
         return frozen.replace(base=base)
 
@@ -108,6 +107,26 @@ class Learner:
         return partitioning.replicate(Pools(pooled, counts), self.mesh)
 
 
+def _open_slot(
+    model: nn.Module, method: Method, rng: jax.Array, table: jax.Array, previous: Trainable | None
+) -> Trainable:
+    return method.open_task(rng, model.pet_sites(model.config), table, previous)
+
+
+def make_pet(config: Any) -> pet.Pet:
+    """The kind of PET block of a config.
+
+    Raises:
+      ValueError: unknown `config.pet.kind`.
+    """
+    options = config.pet
+    if options.kind == "lora":
+        return pet.Lora(options.rank, options.alpha, options.stop_gradient_through_bank)
+    if options.kind == "prompt":
+        return pet.Prompt(options.prompt_length)
+    raise ValueError(f"config.pet.kind={options.kind!r} is unknown; choose lora or prompt.")
+
+
 def make_method(config: Any) -> Method:
     """The continual-learning method of a config.
 
@@ -117,15 +136,15 @@ def make_method(config: Any) -> Method:
     if config.method not in METHODS:
         raise ValueError(f"config.method={config.method!r} is unknown; choose one of {', '.join(METHODS)}.")
     return METHODS[config.method](
-        rank=config.pet.rank,
-        alpha=config.pet.alpha,
+        pet=make_pet(config),
         query_hidden=config.attention.query_hidden,
         query_init_std=config.attention.query_init_std,
         temperature=config.attention.temperature,
         pool_padding=config.attention.pool_padding,
+        learning=config.attention.learning,
+        selection=config.attention.selection,
         kl_ratio=config.kl_ratio,
         reflection_batch=config.pseudo_samples.batch_size,
-        stop_gradient_through_bank=config.pet.stop_gradient_through_bank,
         warm_start_steps=config.attention.warm_start_steps,
         warm_start_learning_rate=config.attention.warm_start_learning_rate,
     )
@@ -148,7 +167,7 @@ def read_inputs(config: Any) -> tuple[nn.Module, Tokenizer, Stream]:
             "config.model.tokenizer must be the one that the model was trained with."
         )
     model = make_model(shape, options.dtype, options.remat)
-    return model, tokenizer, load_stream(config, tokenizer, model.padding_side)
+    return model, tokenizer, load_stream(config, tokenizer, model.padding_side, make_method(config))
 
 
 def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
@@ -200,6 +219,7 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
             partitioning.replicated(mesh),
         ),
         warm_start_step=jax.jit(method.warm_start),
+        open_slot=jax.jit(functools.partial(_open_slot, model, method), out_shardings=partitioning.replicated(mesh)),
         generate=make_generate(
             model,
             method,

@@ -1,13 +1,17 @@
-"""Parameter-efficient (PET) blocks and their mixture.
+"""Parameter-efficient (PET) blocks and their mixture: LoRA and soft prompts.
 
-A LoRA block holds, for each adapted projection of a stack of layers, `a` [layers, D, R] and `b` [layers, R, H].
-The blocks of all task slots lie side by side in the bank, the task axis just before (`a`) or after (`b`) the rank:
-`a` [layers, D, T, R], `b` [layers, T, R, H]. The mixture of all blocks is then one LoRA of rank T*R, and reaching that
-form is a reshape that moves no data (SAPT, section 3.2: the weighted sum of the blocks' outputs).
+The blocks of all task slots lie in one tree of arrays, the bank, each with a task axis T of its own:
+
+LoRA, for each adapted projection of a stack of layers: `a` [layers, D, T, R], `b` [layers, T, R, H]. The mixture of all
+blocks is then one LoRA of rank T*R, and reaching that form is a reshape that moves no data (SAPT, section 3.2: the
+weighted sum of the blocks' outputs).
+
+Soft prompts: `prompt` [T, P, D]. The mixture is the weighted sum of the prompts, put before the input's embeddings.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,57 +20,153 @@ from flax import struct
 # sites: {stack: {attention: {projection: (layers, fan_in, fan_out)}}}, declared by each model.
 Sites = Mapping[str, Mapping[str, Mapping[str, tuple[int, int, int]]]]
 
+TASK_AXIS = {"a": 2, "b": 1, "prompt": 0}
+
 
 @struct.dataclass
 class Mixture:
-    """Everything a model needs to apply PET to one batch.
+    """Everything a model needs to apply PET to one batch: blocks and columns for LoRA, or a prompt.
 
     Attributes:
-      blocks: {stack: {attention: {projection: {"a": [layers, D, T*R], "b": [layers, T*R, H]}}}}.
-      columns: [B, T*R], the scaled attention weight of every rank-one column, for each instance.
+      blocks: {stack: {attention: {projection: {"a": [layers, D, T*R], "b": [layers, T*R, H]}}}}, or None.
+      columns: [B, T*R], the scaled attention weight of every rank-one column, for each instance, or None.
       slot_columns: [T*R] bool, True on the slot's columns, or None. When given, gradients reach the layers
         below through the slot alone, as in the paper's released code.
+      prompt: [B, P, D], or None.
     """
 
-    blocks: Any
-    columns: jax.Array
+    blocks: Any = None
+    columns: jax.Array | None = None
     slot_columns: jax.Array | None = None
+    prompt: jax.Array | None = None
+
+    def for_answers(self, answers: int) -> "Mixture":
+        """The mixture of a decode step with `answers` rows for each source; the prompt is in the cache by then."""
+        columns = None if self.columns is None else jnp.repeat(self.columns, answers, axis=0)
+        return self.replace(columns=columns, prompt=None)
+
+
+def layer_blocks(mixture: Mixture | None, *path: str) -> tuple[Any, Mixture | None]:
+    """(The LoRA blocks of the layers at `path`, what all layers share of the mixture); (None, None) without LoRA."""
+    if mixture is None or mixture.blocks is None:
+        return None, None
+    blocks = mixture.blocks
+    for name in path:
+        blocks = blocks[name]
+    return blocks, mixture.replace(blocks=None)
+
+
+def put_prompt_before(mixture: Mixture | None, embeddings: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """embeddings [B, L, D] and mask [B, L] with the mixture's prompt before them, [B, P + L, ...]; as is without one.
+
+    Between the prompt and a left-padded input lies the padding, which the mask hides and positions do not count.
+    """
+    if mixture is None or mixture.prompt is None:
+        return embeddings, mask
+    prompt = mixture.prompt.astype(embeddings.dtype)
+    seen = jnp.ones(prompt.shape[:2], mask.dtype)
+    return jnp.concatenate([prompt, embeddings], axis=1), jnp.concatenate([seen, mask], axis=1)
+
+
+class Pet(Protocol):
+    """A kind of PET block."""
+
+    prompt_length: int
+
+    def init_block(self, rng: jax.Array, sites: Sites, table: jax.Array) -> Any:
+        """A fresh block in float32. `table` [V, D] holds the model's token embeddings."""
+
+    def init_bank(self, sites: Sites, d_model: int, capacity: int) -> Any:
+        """An empty bank of `capacity` slots, all zero."""
+
+    def mix(self, bank: Any, weights: jax.Array, slot_index: jax.Array) -> Mixture:
+        """The mixture of all blocks in the bank under `weights` [B, T], zero on slots that take no part."""
 
 
 def _is_site(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-def init_block(rng: jax.Array, sites: Sites, rank: int) -> Any:
-    """A fresh LoRA block: `a` ~ U(-1/sqrt(D), 1/sqrt(D)), `b` = 0 (Kaiming-uniform, a = sqrt(5), as LoRA's release).
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """LoRA on the query and value projections of every attention (arXiv 2106.09685).
 
-    Returns:
-      Tree like `sites` with leaves {"a": [layers, D, R], "b": [layers, R, H]} in float32.
+    Attributes:
+      rank, alpha: every block is scaled by alpha / rank.
+      stop_gradient_through_bank: gradients reach the layers below through the current block alone.
     """
-    leaves, treedef = jax.tree.flatten(sites, is_leaf=_is_site)
-    blocks = []
-    for key, (layers, fan_in, fan_out) in zip(jax.random.split(rng, len(leaves)), leaves, strict=True):
-        bound = fan_in**-0.5
-        a = jax.random.uniform(key, (layers, fan_in, rank), jnp.float32, -bound, bound)
-        blocks.append({"a": a, "b": jnp.zeros((layers, rank, fan_out), jnp.float32)})
-    return jax.tree.unflatten(treedef, blocks)
+
+    rank: int
+    alpha: float
+    stop_gradient_through_bank: bool
+
+    prompt_length = 0
+
+    def init_block(self, rng: jax.Array, sites: Sites, table: jax.Array) -> Any:
+        """`a` [layers, D, R] ~ U(-1/sqrt(D), 1/sqrt(D)), `b` [layers, R, H] = 0 (Kaiming-uniform, LoRA's release)."""
+        del table
+        leaves, treedef = jax.tree.flatten(sites, is_leaf=_is_site)
+        blocks = []
+        for key, (layers, fan_in, fan_out) in zip(jax.random.split(rng, len(leaves)), leaves, strict=True):
+            bound = fan_in**-0.5
+            a = jax.random.uniform(key, (layers, fan_in, self.rank), jnp.float32, -bound, bound)
+            blocks.append({"a": a, "b": jnp.zeros((layers, self.rank, fan_out), jnp.float32)})
+        return jax.tree.unflatten(treedef, blocks)
+
+    def init_bank(self, sites: Sites, d_model: int, capacity: int) -> Any:
+        """Leaves {"a": [layers, D, T, R], "b": [layers, T, R, H]}."""
+
+        def empty(site):
+            layers, fan_in, fan_out = site
+            return {
+                "a": jnp.zeros((layers, fan_in, capacity, self.rank), jnp.float32),
+                "b": jnp.zeros((layers, capacity, self.rank, fan_out), jnp.float32),
+            }
+
+        return jax.tree.map(empty, sites, is_leaf=_is_site)
+
+    def mix(self, bank: Any, weights: jax.Array, slot_index: jax.Array) -> Mixture:
+        """A mixture whose output, added to W x, is sum_t weights[:, t] * (alpha / R) * (x A_t) B_t."""
+
+        def flatten(path, leaf):
+            axis = _task_axis(path)
+            return leaf.reshape(leaf.shape[:axis] + (-1,) + leaf.shape[axis + 2 :])
+
+        columns = jnp.repeat(weights, self.rank, axis=1) * (self.alpha / self.rank)
+        slot_columns = None
+        if self.stop_gradient_through_bank:
+            slot_columns = jnp.repeat(jnp.arange(weights.shape[1]) == slot_index, self.rank)
+        return Mixture(jax.tree_util.tree_map_with_path(flatten, bank), columns, slot_columns)
 
 
-def init_bank(sites: Sites, rank: int, capacity: int) -> Any:
-    """An empty bank of `capacity` slots: leaves {"a": [layers, D, T, R], "b": [layers, T, R, H]}, all zero."""
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """`prompt_length` vectors before the input's embeddings (prompt tuning, arXiv 2104.08691).
 
-    def empty(site):
-        layers, fan_in, fan_out = site
-        return {
-            "a": jnp.zeros((layers, fan_in, capacity, rank), jnp.float32),
-            "b": jnp.zeros((layers, capacity, rank, fan_out), jnp.float32),
-        }
+    They go before the encoder's input in T5, before the whole sequence in LLaMA. The query never sees them.
+    """
 
-    return jax.tree.map(empty, sites, is_leaf=_is_site)
+    prompt_length: int
+
+    def init_block(self, rng: jax.Array, sites: Sites, table: jax.Array) -> Any:
+        """{"prompt": [P, D]}, the embeddings of tokens drawn uniformly from the vocabulary."""
+        del sites
+        drawn = jax.random.randint(rng, (self.prompt_length,), 0, table.shape[0])
+        return {"prompt": jnp.take(table, drawn, axis=0).astype(jnp.float32)}
+
+    def init_bank(self, sites: Sites, d_model: int, capacity: int) -> Any:
+        """{"prompt": [T, P, D]}."""
+        del sites
+        return {"prompt": jnp.zeros((capacity, self.prompt_length, d_model), jnp.float32)}
+
+    def mix(self, bank: Any, weights: jax.Array, slot_index: jax.Array) -> Mixture:
+        """A mixture with the prompt sum_t weights[:, t] P_t."""
+        del slot_index
+        return Mixture(prompt=jnp.einsum("BT,TPD->BPD", weights, bank["prompt"]))
 
 
 def _task_axis(path: tuple) -> int:
-    return {"a": 2, "b": 1}[path[-1].key]
+    return TASK_AXIS[path[-1].key]
 
 
 def write_slot(bank: Any, slot: Any, task_index: jax.Array) -> Any:
@@ -99,28 +199,3 @@ def read_slot(bank: Any, task_index: jax.Array | int) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, stored: jax.lax.dynamic_index_in_dim(stored, task_index, _task_axis(path), keepdims=False), bank
     )
-
-
-def mix(bank: Any, weights: jax.Array, alpha: float, slot_only_gradient_at: jax.Array | None = None) -> Mixture:
-    """The mixture of all blocks in the bank under the attention weights.
-
-    Args:
-      bank: leaves `a` [layers, D, T, R], `b` [layers, T, R, H].
-      weights: [B, T], zero on slots that take no part.
-      alpha: LoRA's alpha; every block is scaled by alpha / R.
-      slot_only_gradient_at: task index [] whose columns alone pass gradients to the layers below, or None.
-
-    Returns:
-      A `Mixture` whose output, added to W x, is sum_t weights[:, t] * (alpha / R) * (x A_t) B_t.
-    """
-    rank = jax.tree.leaves(bank)[0].shape[-1]
-
-    def flatten(path, leaf):
-        axis = _task_axis(path)
-        return leaf.reshape(leaf.shape[:axis] + (-1,) + leaf.shape[axis + 2 :])
-
-    columns = jnp.repeat(weights, rank, axis=1) * (alpha / rank)
-    slot_columns = None
-    if slot_only_gradient_at is not None:
-        slot_columns = jnp.repeat(jnp.arange(weights.shape[1]) == slot_only_gradient_at, rank)
-    return Mixture(jax.tree_util.tree_map_with_path(flatten, bank), columns, slot_columns)

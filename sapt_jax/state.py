@@ -37,11 +37,11 @@ class Trainable:
     query_projection: dict[str, jax.Array]
 
 
-def init_frozen(base: Any, sites: pet.Sites, rank: int, d_model: int, capacity: int) -> Frozen:
+def init_frozen(base: Any, kind: pet.Pet, sites: pet.Sites, d_model: int, capacity: int) -> Frozen:
     """An empty bank around a pretrained model."""
     return Frozen(
         base=base,
-        bank=pet.init_bank(sites, rank, capacity),
+        bank=kind.init_bank(sites, d_model, capacity),
         keys=jnp.zeros((capacity, d_model), jnp.float32),
         targets=jnp.zeros((capacity, capacity), jnp.float32),
         enabled=jnp.ones((capacity,), bool),

@@ -87,7 +87,8 @@ def make_train_step(
     base_rng = jax.random.key(seed)
 
     def task_loss(trainable: Trainable, frozen: Frozen, batch: Batch, slot_index: jax.Array, tokens: jax.Array):
-        weights = attention_weights(model, method, frozen, trainable, batch["source"], batch["source_mask"], slot_index)
+        pooled = pooled_source(model, method, frozen.base, batch["source"], batch["source_mask"])
+        weights = method.learning_weights(frozen, trainable, pooled, slot_index)
         mixture = method.mixture(frozen, trainable, weights, slot_index)
         logits = model.apply(
             {"params": frozen.base},

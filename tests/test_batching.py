@@ -25,7 +25,7 @@ def random_split(rng, n, longest=(60, 12)) -> EncodedSplit:
 
 
 def random_buckets(rng, lengths):
-    return choose_buckets(lengths, max_buckets=int(rng.integers(1, 7)), source_multiple=8, target_multiple=4)
+    return choose_buckets(lengths, max_buckets=int(rng.integers(1, 7)), source_multiple=8, target_multiple=4, prompt_length=0)
 
 
 def rows_of(batch, split) -> list[int]:
@@ -190,7 +190,7 @@ def test_positions_count_filler_and_padding():
     split = random_split(np.random.default_rng(21), 3, longest=(4, 2))
     sizes = [batching.make_batch(split, rows, bucket, padding_side="left", pad_id=0) for bucket, rows in plan]
     total = sum(batch["source"].size + batch["target"].size for batch in sizes)
-    assert batching.count_positions(plan) == total == 34
+    assert batching.count_positions(plan, 0) == total == 34
 
 
 @pytest.mark.parametrize("trial", range(6))
@@ -199,7 +199,7 @@ def test_chosen_buckets_hold_every_row_and_more_buckets_pad_less(trial):
     lengths = np.stack([rng.geometric(0.02, 200), rng.integers(1, 40, 200)], 1)
     shares = []
     for most in (1, 2, 4, 8, 16):
-        buckets = choose_buckets(lengths, max_buckets=most, source_multiple=8, target_multiple=4)
+        buckets = choose_buckets(lengths, max_buckets=most, source_multiple=8, target_multiple=4, prompt_length=0)
         assert 1 <= len(buckets) <= most
         assert all(ls % 8 == 0 and lt % 4 == 0 for ls, lt in buckets)
         assert (lengths.max(0) <= buckets[-1]).all()
@@ -214,7 +214,7 @@ def test_chosen_buckets_hold_every_row_and_more_buckets_pad_less(trial):
 def test_chosen_buckets_are_the_best_two_on_a_small_case():
     rng = np.random.default_rng(19)
     lengths = rng.integers(1, 25, (30, 2))
-    chosen = choose_buckets(lengths, max_buckets=2, source_multiple=4, target_multiple=4)
+    chosen = choose_buckets(lengths, max_buckets=2, source_multiple=4, target_multiple=4, prompt_length=0)
     top = tuple(-(-lengths.max(0) // 4) * 4)
 
     def total(buckets):
@@ -224,9 +224,19 @@ def test_chosen_buckets_are_the_best_two_on_a_small_case():
     assert total(chosen) == min(total(buckets) for buckets in every)
 
 
+def test_buckets_leave_room_for_a_prompt():
+    lengths = np.random.default_rng(3).integers(1, 90, (50, 2))
+    buckets = choose_buckets(lengths, max_buckets=4, source_multiple=16, target_multiple=4, prompt_length=10)
+    assert all((source + 10) % 16 == 0 and target % 4 == 0 for source, target in buckets)
+    assert (lengths.max(axis=0) <= np.array(buckets[-1])).all()
+    plan = batching.epoch_plan(lengths, buckets, batch_size=8, seed=0, task_index=0, epoch=0)
+    rows = sum(len(own) for _, own in plan)
+    assert batching.count_positions(plan, 10) == batching.count_positions(plan, 0) + 10 * rows
+
+
 def test_fewer_shapes_than_buckets_give_each_shape_its_own():
     lengths = np.array([[8, 4], [16, 4], [16, 4], [24, 8]])
-    buckets = choose_buckets(lengths, max_buckets=9, source_multiple=8, target_multiple=4)
+    buckets = choose_buckets(lengths, max_buckets=9, source_multiple=8, target_multiple=4, prompt_length=0)
     assert buckets == [(8, 4), (16, 4), (24, 8)]
 
 
@@ -238,7 +248,7 @@ def test_bucket_errors_name_what_to_change():
     with pytest.raises(ValueError, match="33 source and 2 target .* fits none"):
         assign_buckets(np.array([[3, 2], [33, 2]]), [(32, 8)])
     with pytest.raises(ValueError, match="at least 1"):
-        choose_buckets(np.zeros((0, 2), int), max_buckets=3, source_multiple=8, target_multiple=8)
+        choose_buckets(np.zeros((0, 2), int), max_buckets=3, source_multiple=8, target_multiple=8, prompt_length=0)
     assert source_buckets([(32, 8), (32, 16), (64, 16)], 50) == [(32, 50), (64, 50)]
 
 

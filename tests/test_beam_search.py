@@ -178,8 +178,9 @@ def test_rows_that_need_no_answer_stay_empty_and_others_as_they_were(family):
 def test_generate_finds_the_best_answer_under_each_rows_mixture(family):
     model, params, rng = MODELS[family], make_params(family, seed=9), np.random.default_rng(10)
     method, config = tiny_method(), model.config
-    frozen = init_frozen(params, model.pet_sites(config), 2, config.d_model, 3)
-    trainable = method.open_task(jax.random.key(11), model.pet_sites(config), config.d_model, None)
+    frozen = init_frozen(params, method.pet, model.pet_sites(config), config.d_model, 3)
+    table = params["token_embedder"]["embedding"]
+    trainable = method.open_task(jax.random.key(11), model.pet_sites(config), table, None)
 
     def fill(tree):
         return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype), tree)

@@ -8,6 +8,7 @@ import pytest
 from sapt_jax import checkpoints
 from sapt_jax.checkpoints import Loop, TaskCheckpoints
 from sapt_jax.optimization import make_optimizer
+from sapt_jax.pet import Lora
 from sapt_jax.state import Trainable, init_frozen
 from sapt_jax.train import TrainState
 
@@ -45,7 +46,7 @@ def make_state(seed, **options):
 
 def make_frozen(seed, capacity=3, rank=2):
     base = {"embedding": jnp.zeros((5, 6))}
-    return fill(seed, init_frozen(base, SITES, rank, 6, capacity)).replace(enabled=jnp.ones((capacity,), bool))
+    return fill(seed, init_frozen(base, Lora(rank, 8.0, False), SITES, 6, capacity)).replace(enabled=jnp.ones((capacity,), bool))
 
 
 def assert_same_bits(first, second):

@@ -93,8 +93,8 @@ def learner():
     base = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids == 0, ids, ids == 0)["params"])
     method = tiny_method()
     sites = Llama.pet_sites(CONFIG)
-    frozen = init_frozen(base, sites, 2, CONFIG.d_model, 4)
-    trainable = method.open_task(jax.random.key(1), sites, CONFIG.d_model, None)
+    frozen = init_frozen(base, method.pet, sites, CONFIG.d_model, 4)
+    trainable = method.open_task(jax.random.key(1), sites, base["token_embedder"]["embedding"], None)
     rng = np.random.default_rng(2)
 
     def fill(tree):

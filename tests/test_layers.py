@@ -25,7 +25,7 @@ def make_site(seed):
 
 def mixture_of(a, b, weights, slot=None):
     bank = {"a": jnp.asarray(a[None], jnp.float32), "b": jnp.asarray(b[None], jnp.float32)}
-    mixture = pet.mix(bank, jnp.asarray(weights, jnp.float32), ALPHA, slot)
+    mixture = pet.Lora(RANK, ALPHA, slot is not None).mix(bank, jnp.asarray(weights, jnp.float32), slot)
     return {name: leaf[0] for name, leaf in mixture.blocks.items()}, mixture
 
 

@@ -59,15 +59,18 @@ def make_model(config, seed, dtype=jnp.float32, remat="none"):
     return model, {**params, "token_embedder": {"embedding": jnp.asarray(embedding, jnp.float32)}}
 
 
-def make_bank(config, seed, tasks=3, rank=2):
+LORA = pet.Lora(rank=2, alpha=4.0, stop_gradient_through_bank=False)
+
+
+def make_bank(config, seed, tasks=3):
     rng = np.random.default_rng(seed)
-    bank = pet.init_bank(Llama.pet_sites(config), rank, tasks)
+    bank = LORA.init_bank(Llama.pet_sites(config), config.d_model, tasks)
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), bank)
 
 
 def make_mixture(config, seed, rows=3):
     weights = np.random.default_rng(seed).dirichlet(np.ones(3), rows)
-    return pet.mix(make_bank(config, seed), jnp.asarray(weights, jnp.float32), alpha=4.0)
+    return LORA.mix(make_bank(config, seed), jnp.asarray(weights, jnp.float32), 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -212,7 +215,7 @@ def test_mixture_equals_merged_kernels(small):
         delta = sum(w * (4.0 / 2) * a[:, :, t] @ b[:, t] for t, w in enumerate(weights))
         kernel = merged["decoder"]["layers"]["self_attention"][projection]["kernel"]
         merged["decoder"]["layers"]["self_attention"][projection]["kernel"] = (kernel + delta).astype(np.float32)
-    mixture = pet.mix(bank, jnp.tile(jnp.asarray(weights, jnp.float32), (3, 1)), alpha=4.0)
+    mixture = LORA.mix(bank, jnp.tile(jnp.asarray(weights, jnp.float32), (3, 1)), 0)
     want = logits_of(model, merged, batch)
     assert np.abs(want - logits_of(model, params, batch)).max() > 0.1
     np.testing.assert_allclose(logits_of(model, params, batch, mixture), want, atol=5e-5, rtol=0)

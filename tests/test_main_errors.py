@@ -16,6 +16,7 @@ from sapt_jax import checkpoints, continual
 from sapt_jax.config import record_config
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.variants import LLAMA_VARIANTS
+from sapt_jax.pet import Lora
 from sapt_jax.state import init_frozen
 from tests.tiny import tiny_config, tiny_method, write_tasks
 from tests.tiny_tokenizers import byte_level, train_bpe
@@ -85,9 +86,9 @@ def make_state(config, shape):
     """What a run on a model of another shape would have committed after its first task."""
     sites = Llama.pet_sites(shape)
     rank, hidden = config.pet.rank, config.attention.query_hidden
-    method = tiny_method(rank=rank, query_hidden=hidden)
-    trainable = method.open_task(jax.random.key(0), sites, shape.d_model, None)
-    return init_frozen({}, sites, rank, shape.d_model, capacity=3), trainable
+    method = tiny_method(pet=Lora(rank, 8.0, False), query_hidden=hidden)
+    trainable = method.open_task(jax.random.key(0), sites, np.zeros((9, shape.d_model)), None)
+    return init_frozen({}, method.pet, sites, shape.d_model, capacity=3), trainable
 
 
 def test_a_run_of_another_model(data_dir, tmp_path):

@@ -10,6 +10,7 @@ from tests.tiny import tiny_method
 
 SITES = {"decoder": {"self_attention": {"query": (1, 16, 16), "value": (1, 16, 16)}}}
 WIDTH, TASKS = 16, 3
+TABLE = jnp.zeros((5, WIDTH))
 
 
 def two_tasks(seed, **fields):
@@ -18,10 +19,10 @@ def two_tasks(seed, **fields):
     common, apart = rng.normal(0, 2.0, WIDTH), rng.normal(0, 0.3, (2, WIDTH))
     old, new = (common + apart[i] + rng.normal(0, 0.05, (40, WIDTH)) for i in range(2))
     method = tiny_method(reflection_batch=8, kl_ratio=2.0, **fields)
-    frozen = init_frozen(None, SITES, 2, WIDTH, TASKS)
-    first = method.open_task(jax.random.key(seed), SITES, WIDTH, None)
+    frozen = init_frozen(None, method.pet, SITES, WIDTH, TASKS)
+    first = method.open_task(jax.random.key(seed), SITES, TABLE, None)
     frozen = commit(frozen, first, jnp.asarray([1.0, 0.0, 0.0]), 0)
-    second = method.open_task(jax.random.key(seed + 1), SITES, WIDTH, first)
+    second = method.open_task(jax.random.key(seed + 1), SITES, TABLE, first)
     pooled = np.zeros((TASKS, 10, WIDTH), np.float32)
     pooled[0] = old[:10]
     pools = Pools(jnp.asarray(pooled), jnp.asarray([10, 0, 0]))
@@ -52,7 +53,7 @@ def test_what_was_recorded_on_a_withdrawn_slot_goes_to_the_others():
     targets = frozen.targets.at[1].set(jnp.asarray([0.25, 0.5, 0.25]))
     pools = Pools(jnp.broadcast_to(old[:10], (TASKS, 10, WIDTH)), jnp.asarray([0, 10, 0]))
     withdrawn = frozen.replace(targets=targets, enabled=jnp.asarray([True, False, True]))
-    third = method.open_task(jax.random.key(5), SITES, WIDTH, second)
+    third = method.open_task(jax.random.key(5), SITES, TABLE, second)
     loss, logged = method.auxiliary_loss(jax.random.key(3), withdrawn, third, pools, 2)
     expected = frozen.replace(
         targets=targets.at[1].set(jnp.asarray([0.5, 0.0, 0.5])), enabled=jnp.asarray([True, False, True])

@@ -7,15 +7,16 @@ from sapt_jax.state import active_slots, commit, init_frozen
 from tests.tiny import tiny_method
 
 SITES = {"decoder": {"self_attention": {"query": (2, 8, 8), "value": (2, 8, 4)}}}
-METHOD = tiny_method(alpha=4.0)
+METHOD = tiny_method()
+TABLE = jnp.zeros((5, 8))
 
 
 def random_trees(seed):
     rng = np.random.default_rng(seed)
     noise = lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32)  # noqa: E731
-    frozen = init_frozen({"w": jnp.ones((3,))}, SITES, 2, 8, 4)
+    frozen = init_frozen({"w": jnp.ones((3,))}, METHOD.pet, SITES, 8, 4)
     frozen = frozen.replace(bank=jax.tree.map(noise, frozen.bank), keys=noise(frozen.keys))
-    trainable = jax.tree.map(noise, METHOD.open_task(jax.random.key(seed), SITES, 8, None))
+    trainable = jax.tree.map(noise, METHOD.open_task(jax.random.key(seed), SITES, TABLE, None))
     return frozen, trainable
 
 

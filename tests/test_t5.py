@@ -61,10 +61,10 @@ def make_model(config, seed, dtype=jnp.float32, remat="none"):
 
 def make_mixture(config, seed, rows, tasks=3, rank=2, weights=None):
     rng = np.random.default_rng(seed)
-    bank = pet.init_bank(T5.pet_sites(config), rank, tasks)
+    bank = pet.Lora(rank, 4.0, False).init_bank(T5.pet_sites(config), config.d_model, tasks)
     bank = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), bank)
     weights = rng.dirichlet(np.ones(tasks), rows) if weights is None else weights
-    return bank, weights, pet.mix(bank, jnp.asarray(weights, jnp.float32), alpha=4.0)
+    return bank, weights, pet.Lora(rank, 4.0, False).mix(bank, jnp.asarray(weights, jnp.float32), 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -298,7 +298,7 @@ def test_gradient_reaches_every_block_through_both_stacks():
     bank, weights, _ = make_mixture(CONFIG, seed=25, rows=3)
 
     def loss(weights):
-        mixture = pet.mix(bank, weights, alpha=4.0)
+        mixture = pet.Lora(2, 4.0, False).mix(bank, weights, 0)
         logits = logits_of(model, params, batch, mixture)
         return token_cross_entropy(logits, batch["target"], batch["target_mask"])[0]
 

@@ -41,7 +41,9 @@ HF_CONFIG = {
 CONFIG = LlamaConfig(50, 24, 2, 4, 2, 6, 40, 1e-6, 10000.0, (), 64, True)
 SGD = optax.sgd(1.0)
 MODEL = Llama(CONFIG, jnp.float32, "none")
-FIELDS = {"rank": RANK, "alpha": ALPHA, "kl_ratio": KL_RATIO, "query_hidden": 7}
+LORA = pet.Lora(RANK, ALPHA, stop_gradient_through_bank=False)
+PROMPT = pet.Prompt(prompt_length=4)
+FIELDS = {"pet": LORA, "kl_ratio": KL_RATIO, "query_hidden": 7}
 METHOD = tiny_method(**FIELDS)
 
 
@@ -51,14 +53,19 @@ def make_state(seed, method=METHOD, tasks=TASKS):
     ids = jnp.zeros((1, 2), jnp.int32)
     base = nn.meta.unbox(MODEL.init(jax.random.key(seed), ids, ids == 0, ids, ids == 0))["params"]
     noise = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32)  # noqa: E731
-    frozen = init_frozen(base, MODEL.pet_sites(CONFIG), RANK, CONFIG.d_model, tasks)
+    frozen = init_frozen(base, method.pet, MODEL.pet_sites(CONFIG), CONFIG.d_model, tasks)
     targets = np.tril(rng.random((tasks, tasks)) + 0.1)
     targets /= targets.sum(axis=1, keepdims=True)
     frozen = frozen.replace(
         bank=jax.tree.map(noise, frozen.bank), keys=noise(frozen.keys), targets=jnp.asarray(targets, jnp.float32)
     )
-    trainable = method.open_task(jax.random.key(seed + 1), MODEL.pet_sites(CONFIG), CONFIG.d_model, None)
+    trainable = open_task(method, seed + 1, base, None)
     return frozen, trainable.replace(slot=jax.tree.map(noise, trainable.slot))
+
+
+def open_task(method, seed, base, previous):
+    table = base["token_embedder"]["embedding"]
+    return method.open_task(jax.random.key(seed), MODEL.pet_sites(CONFIG), table, previous)
 
 
 def make_batch(seed, rows=6, source=9, target=5):
@@ -141,16 +148,20 @@ def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
                 output = output + a[t] * (ALPHA / RANK) * (seen @ site["a"][layer]) @ site["b"][layer]
             return output
 
+        ids = torch.cat([source, target])
+        embedded, read = table[ids], len(source)
+        if "prompt" in slot:
+            mixed = sum(a[t] * block["prompt"] for t, block in enumerate(blocks))
+            embedded, read = torch.cat([mixed, embedded]), len(mixed) + len(source)
         hooks = []
-        for layer, module in enumerate(hf.model.layers):
+        for layer, module in enumerate(hf.model.layers if "decoder" in slot else ()):
             for name, projected in (("query", module.self_attn.q_proj), ("value", module.self_attn.v_proj)):
                 hooks.append(projected.register_forward_hook(functools.partial(add_blocks, layer=layer, name=name)))
-        ids = torch.cat([source, target])[None]
-        log_probabilities = torch.log_softmax(hf(ids).logits[0], dim=-1)
+        log_probabilities = torch.log_softmax(hf(inputs_embeds=embedded[None]).logits[0], dim=-1)
         for hook in hooks:
             hook.remove()
         for place, token in enumerate(target):
-            nll = nll - log_probabilities[len(source) - 1 + place, token]
+            nll = nll - log_probabilities[read - 1 + place, token]
             count += 1
     task_loss = nll / count
     reflection = 0.0
@@ -169,10 +180,13 @@ def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
 
 
 @pytest.mark.parametrize("task_index", [0, 1, 3])
-@pytest.mark.parametrize("stop_gradient", [False, True])
-def test_step_equals_the_written_out_reference(task_index, stop_gradient):
-    method = tiny_method(**FIELDS, stop_gradient_through_bank=stop_gradient)
-    frozen, trainable = make_state(task_index)
+@pytest.mark.parametrize(
+    "kind", [LORA, pet.Lora(RANK, ALPHA, stop_gradient_through_bank=True), PROMPT], ids=["lora", "lora-stop", "prompt"]
+)
+def test_step_equals_the_written_out_reference(task_index, kind):
+    method = tiny_method(**{**FIELDS, "pet": kind})
+    stop_gradient = kind is not PROMPT and kind.stop_gradient_through_bank
+    frozen, trainable = make_state(task_index, method)
     batch, pools = make_batch(10 + task_index), make_pools(20 + task_index)
     expected = reference(frozen, trainable, batch, pools, task_index, stop_gradient)
     loss, reflection, attention, gradient = expected
@@ -253,7 +267,7 @@ def test_one_compile_for_five_tasks():
     frozen, trainable = make_state(21, tasks=5)
     committing = jax.jit(commit)
     for task in range(5):
-        trainable = method.open_task(jax.random.key(task), MODEL.pet_sites(CONFIG), CONFIG.d_model, trainable)
+        trainable = open_task(method, task, frozen.base, trainable)
         state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
         for number in range(2):
             batch = make_batch(task * 2 + number)
@@ -271,5 +285,5 @@ def test_sequential_lora_has_no_attention_and_keeps_its_block():
     assert metrics["attention"].tolist() == [1.0]
     assert metrics["reflection_loss"] == 0
     assert not any(np.any(x) for x in jax.tree.leaves((gradient.key, gradient.query_projection)))
-    again = method.open_task(jax.random.key(0), MODEL.pet_sites(CONFIG), CONFIG.d_model, trainable)
+    again = open_task(method, 0, frozen.base, trainable)
     jax.tree.map(np.testing.assert_array_equal, again, trainable)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from sapt_jax.methods import Sapt
+from sapt_jax.pet import Lora
 
 TASKS = {
     "shout": str.upper,
@@ -36,15 +37,15 @@ def write_tasks(folder: Path, tasks: Sequence[str] = ORDER, train: int = 20, tes
 def tiny_method(kind: type = Sapt, **fields: Any) -> Sapt:
     """A method with the paper's choices at a tiny size; `fields` are those that a test cares for."""
     defaults = {
-        "rank": 2,
-        "alpha": 8.0,
+        "pet": Lora(rank=2, alpha=8.0, stop_gradient_through_bank=False),
         "query_hidden": 6,
         "query_init_std": None,
         "temperature": 1.0,
         "pool_padding": False,
+        "learning": "attention",
+        "selection": "attention",
         "kl_ratio": 1.0,
         "reflection_batch": 2,
-        "stop_gradient_through_bank": False,
         "warm_start_steps": 0,
         "warm_start_learning_rate": 1e-2,
     }

@@ -103,9 +103,9 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return -(-num_rows // batch_size)
 
 
-def count_positions(plan: Plan) -> int:
-    """The positions (Ls + Lt of every row, filler included) of a plan's batches: tokens and padding."""
-    return sum(sum(bucket) * len(rows) for bucket, rows in plan)
+def count_positions(plan: Plan, prompt_length: int) -> int:
+    """The positions (P + Ls + Lt of every row, filler included) of a plan's batches: tokens and padding."""
+    return sum((prompt_length + sum(bucket)) * len(rows) for bucket, rows in plan)
 
 
 def _own_rows(rows: np.ndarray, index: int, count: int) -> np.ndarray:

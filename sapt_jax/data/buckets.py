@@ -1,6 +1,7 @@
 """Bucket shapes (source length, target length): chosen from the data, and assigned to rows.
 
-A row costs Ls + Lt positions in either model family, so that is what padding is measured in.
+A row costs Ls + Lt positions in either model family, and those of a soft prompt before it; padding is measured in
+them.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ def _round_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def choose_buckets(
-    lengths: np.ndarray, *, max_buckets: int, source_multiple: int, target_multiple: int
+    lengths: np.ndarray, *, max_buckets: int, source_multiple: int, target_multiple: int, prompt_length: int
 ) -> list[Bucket]:
     """Chooses at most `max_buckets` shapes for the given rows, with little padding.
 
@@ -25,18 +26,21 @@ def choose_buckets(
 
     Args:
       lengths: [n, 2] source and target length of every row of every task and split.
-      source_multiple, target_multiple: lengths are rounded up to a multiple of these.
+      source_multiple, target_multiple: lengths are rounded up to a multiple of these, the source's together with
+        the prompt's.
+      prompt_length: positions that a soft prompt takes before every source; buckets do not count them.
     Returns: buckets in ascending order of Ls + Lt.
     """
     if len(lengths) == 0 or max_buckets < 1:
         raise ValueError(f"cannot choose {max_buckets} bucket(s) for {len(lengths)} rows: both must be at least 1.")
-    rounded = _round_up(np.maximum(lengths, 1), np.array([source_multiple, target_multiple]))
+    prompt = np.array([prompt_length, 0])
+    rounded = _round_up(np.maximum(lengths, 1) + prompt, np.array([source_multiple, target_multiple])) - prompt
     shapes, counts = np.unique(rounded, axis=0, return_counts=True)
     grid = np.stack(np.meshgrid(*(np.unique(side) for side in shapes.T), indexing="ij"), -1).reshape(-1, 2)
     # cost[s, g]: the positions that all rows of shape s take up in bucket g. The last of the grid bounds all
     # shapes.
     holds = (shapes[:, None, :] <= grid[None, :, :]).all(-1)
-    cost = np.where(holds, grid.sum(-1)[None, :] * counts[:, None], np.inf)
+    cost = np.where(holds, (grid.sum(-1) + prompt_length)[None, :] * counts[:, None], np.inf)
 
     def best_addition(chosen: list[int]) -> tuple[float, int]:
         totals = np.minimum(cost, cost[:, chosen].min(axis=1, keepdims=True)).sum(0)

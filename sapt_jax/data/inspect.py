@@ -77,7 +77,7 @@ def report_task(task: EncodedTask, buckets: Sequence[Bucket], *, batch_size: int
         test_in_train=sum(instance.input in seen for instance in task.task.test),
         pseudo_samples=len(task.pseudo) if task.pseudo else 0,
         train_tokens=int(task.train.lengths.sum()),
-        train_positions=count_positions(plan),
+        train_positions=count_positions(plan, 0),
         problems=task.task.problems,
     )
 

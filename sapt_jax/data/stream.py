@@ -14,6 +14,7 @@ from sapt_jax.data.prompts import EncodingRules
 from sapt_jax.data.pseudo_samples import encode_pseudo_samples, find_pseudo_dir, load_pseudo_samples
 from sapt_jax.data.task import Task
 from sapt_jax.data.tokenizers import Tokenizer
+from sapt_jax.methods.protocol import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,15 @@ class EncodedTask:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """All tasks of a run in order, those that are only tested at its end, and the batch shapes that they share."""
+    """All tasks of a run in order, those that are only tested at its end, and the batch shapes that they share.
+
+    `prompt_length` is that of the soft prompt before every source; `buckets` count the source's own tokens.
+    """
 
     tasks: tuple[EncodedTask, ...]
     unseen: tuple[EncodedTask, ...]
     buckets: tuple[Bucket, ...]
+    prompt_length: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,8 +66,9 @@ class Stream:
             plan = epoch_plan(
                 task.train.lengths, self.buckets, batch_size=batch_size, seed=0, task_index=index, epoch=0
             )
-            tokens += task.train.lengths.sum()
-            positions += count_positions(plan)
+            prompts = self.prompt_length * len(task.train)
+            tokens += task.train.lengths.sum() + prompts
+            positions += count_positions(plan, self.prompt_length)
         return 1.0 - tokens / positions
 
 
@@ -86,29 +92,34 @@ def split_names(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
-def load_stream(config: Any, tokenizer: Tokenizer, padding_side: str) -> Stream:
-    """Reads and tokenises every task of `config.task_order`.
+def load_stream(config: Any, tokenizer: Tokenizer, padding_side: str, method: Method) -> Stream:
+    """Reads and tokenises every task of `config.task_order`, and the pseudo-samples where the method uses them.
 
     Raises:
       ValueError or FileNotFoundError: naming the file, row or config field at fault.
     """
     rules = encoding_rules(config, tokenizer, padding_side)
+    source = config.pseudo_samples.source if method.uses_pseudo_samples else "none"
+    prompt_length = method.pet.prompt_length
     names = resolve_task_order(config.task_order, config.benchmark)
-    tasks = tuple(_load_encoded(name, config, tokenizer, rules) for name in names)
+    tasks = tuple(_load_encoded(name, config, tokenizer, rules, source) for name in names)
     unseen = tuple(_load_unseen(name, config, tokenizer, rules) for name in split_names(config.eval.unseen_tasks))
     if config.data.buckets:
-        return Stream(tasks, unseen, tuple(check_buckets(config.data.buckets)))
+        return Stream(tasks, unseen, tuple(check_buckets(config.data.buckets)), prompt_length)
     splits = [split for task in tasks + unseen for split in (task.train, task.dev, task.test, task.pseudo) if split]
     buckets = choose_buckets(
         np.concatenate([split.lengths for split in splits]),
         max_buckets=config.data.max_buckets,
         source_multiple=config.data.source_multiple,
         target_multiple=config.data.target_multiple,
+        prompt_length=prompt_length,
     )
-    return Stream(tasks, unseen, tuple(buckets))
+    return Stream(tasks, unseen, tuple(buckets), prompt_length)
 
 
-def _load_encoded(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:
+def _load_encoded(
+    name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRules, pseudo_source: str
+) -> EncodedTask:
     data = config.data
     task = load_task(
         name,
@@ -126,8 +137,8 @@ def _load_encoded(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingR
 
     samples = load_pseudo_samples(
         task,
-        source=config.pseudo_samples.source,
-        folder=_pseudo_folder(config),
+        source=pseudo_source,
+        folder=_pseudo_folder(config) if pseudo_source == "files" else None,
         share=config.pseudo_samples.ratio,
         minimum=config.pseudo_samples.minimum,
         seed=data.seed,
@@ -165,8 +176,6 @@ def _encode(
     return EncodedTask(task, encode(task.train), encode(task.dev), encode(task.test), pseudo)
 
 
-def _pseudo_folder(config: Any) -> Path | None:
-    if config.pseudo_samples.source != "files":
-        return None
+def _pseudo_folder(config: Any) -> Path:
     root = find_pseudo_dir(config.pseudo_samples.dir, resolve_data_dir(config.data_dir))
     return root / BENCHMARKS[config.benchmark].folder

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax
 from flax import struct
 
-from sapt_jax.pet import Mixture, Sites
+from sapt_jax.pet import Mixture, Pet, Sites
 from sapt_jax.state import Frozen, Trainable
 
 
@@ -27,7 +27,10 @@ class Pools:
 class Method(Protocol):
     """The decisions of a method; pure functions of their arguments."""
 
+    pet: Pet
     warm_start_steps: int
+    # Whether pseudo-samples of earlier tasks make a difference.
+    uses_pseudo_samples: bool
 
     def capacity(self, num_tasks: int) -> int:
         """Slots that the bank needs for a sequence of `num_tasks`."""
@@ -35,8 +38,13 @@ class Method(Protocol):
     def slot_index(self, task_index: int) -> int:
         """The slot that task `task_index` (0-based) trains."""
 
-    def open_task(self, rng: jax.Array, sites: Sites, d_model: int, previous: Trainable | None) -> Trainable:
-        """The trainable tree that a task starts from; `previous` is what the task before ended with."""
+    def open_task(self, rng: jax.Array, sites: Sites, table: jax.Array, previous: Trainable | None) -> Trainable:
+        """The trainable tree that a task starts from.
+
+        Args:
+          table: [V, D], the model's token embeddings.
+          previous: what the task before ended with.
+        """
 
     def warm_start(
         self,
@@ -51,6 +59,16 @@ class Method(Protocol):
 
     def log_weights(self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array) -> jax.Array:
         """Log attention [..., T] of inputs whose pooled embeddings are [..., D]."""
+
+    def learning_weights(
+        self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array
+    ) -> jax.Array:
+        """Weights [..., T] that a training batch mixes the blocks with; gradients reach the attention through them."""
+
+    def selection_weights(
+        self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array
+    ) -> jax.Array:
+        """Weights [..., T] that the blocks are mixed with at test time."""
 
     def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, slot_index: jax.Array) -> Mixture:
         """The PET mixture under attention `weights` [B, T]."""

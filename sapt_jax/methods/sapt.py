@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sapt_jax import losses, pet, shared_attention
+from sapt_jax import losses, shared_attention
 from sapt_jax.methods.protocol import Pools
-from sapt_jax.pet import Mixture, Sites
+from sapt_jax.pet import Mixture, Pet, Sites
 from sapt_jax.state import Frozen, Trainable, active_slots, insert
+
+# "attention" is the paper's shared attention. "own" trains each block alone, so that only the warm start and the
+# reflection loss move the attention; "mean" mixes all blocks alike.
+LEARNING = ("attention", "own", "mean")
+SELECTION = ("attention", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,28 +23,32 @@ class Sapt:
     """Every task opens a block and a key of its own; one attention over all keys mixes the blocks.
 
     Attributes:
-      rank, alpha: LoRA's rank and alpha.
+      pet: the kind of block.
       query_hidden: width between the two matrices of the query projection (100 in the paper).
       query_init_std: None for uniform initialisation by fan-in, else the standard deviation of a normal one.
       temperature: multiplies sqrt(D) under the attention scores.
       pool_padding: see `shared_attention.pool`.
+      learning, selection: what mixes the blocks in training (one of `LEARNING`) and at test time (`SELECTION`).
       kl_ratio: weight of the reflection loss; 0 turns ARM off.
       reflection_batch: pseudo-samples of each earlier task that a step draws.
-      stop_gradient_through_bank: gradients reach the layers below through the current block alone.
       warm_start_steps, warm_start_learning_rate: see `warm_start`; 0 steps is the paper.
     """
 
-    rank: int
-    alpha: float
+    pet: Pet
     query_hidden: int
     query_init_std: float | None
     temperature: float
     pool_padding: bool
+    learning: str
+    selection: str
     kl_ratio: float
     reflection_batch: int
-    stop_gradient_through_bank: bool
     warm_start_steps: int
     warm_start_learning_rate: float
+
+    @property
+    def uses_pseudo_samples(self) -> bool:
+        return self.kl_ratio > 0
 
     def capacity(self, num_tasks: int) -> int:
         return num_tasks
@@ -47,16 +56,17 @@ class Sapt:
     def slot_index(self, task_index: int) -> int:
         return task_index
 
-    def open_task(self, rng: jax.Array, sites: Sites, d_model: int, previous: Trainable | None) -> Trainable:
+    def open_task(self, rng: jax.Array, sites: Sites, table: jax.Array, previous: Trainable | None) -> Trainable:
         """A fresh block and key; the query projection goes on from the task before."""
         slot_rng, key_rng, projection_rng = jax.random.split(rng, 3)
+        d_model = table.shape[1]
         if previous is None:
             projection = shared_attention.init_query_projection(
                 projection_rng, d_model, self.query_hidden, self.query_init_std
             )
         else:
             projection = previous.query_projection
-        slot = pet.init_block(slot_rng, sites, self.rank)
+        slot = self.pet.init_block(slot_rng, sites, table)
         return Trainable(slot, shared_attention.init_key(key_rng, d_model), projection)
 
     def warm_start(
@@ -98,9 +108,27 @@ class Sapt:
         query = shared_attention.make_query(trainable.query_projection, pooled)
         return shared_attention.log_weights(query, keys, active_slots(frozen, slot_index), self.temperature)
 
+    def learning_weights(
+        self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array
+    ) -> jax.Array:
+        return self._weights(self.learning, frozen, trainable, pooled, slot_index)
+
+    def selection_weights(
+        self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array
+    ) -> jax.Array:
+        return self._weights(self.selection, frozen, trainable, pooled, slot_index)
+
+    def _weights(self, kind, frozen, trainable, pooled, slot_index):
+        if kind == "attention":
+            return jnp.exp(self.log_weights(frozen, trainable, pooled, slot_index))
+        slots = active_slots(frozen, slot_index)
+        if kind == "own":
+            slots = slots & (jnp.arange(slots.shape[0]) == slot_index)
+        return jnp.broadcast_to(slots / jnp.maximum(slots.sum(), 1), (*pooled.shape[:-1], slots.shape[0]))
+
     def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, slot_index: jax.Array) -> Mixture:
         bank, _ = insert(frozen, trainable, slot_index)
-        return pet.mix(bank, weights, self.alpha, slot_index if self.stop_gradient_through_bank else None)
+        return self.pet.mix(bank, weights, slot_index)
 
     def auxiliary_loss(
         self, rng: jax.Array, frozen: Frozen, trainable: Trainable, pools: Pools, slot_index: jax.Array

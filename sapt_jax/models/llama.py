@@ -14,7 +14,7 @@ from flax import struct
 from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, scan_layers
 from sapt_jax.models.rope import rotate, rotations
 from sapt_jax.models.variants import LlamaConfig
-from sapt_jax.pet import Mixture, Sites
+from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -29,7 +29,7 @@ class Cache:
     """Keys and values of one decoded batch.
 
     Attributes:
-      key, value: [layers, B, S, K, H], S = source length + new tokens.
+      key, value: [layers, B, S, K, H], S = prompt length + source length + new tokens.
       mask: [B, S] bool, True on written columns that hold a token.
       position: [B] int, the position of the next token of each row.
       column: [] int, the column that the next token is written to.
@@ -111,8 +111,7 @@ class Decoder(nn.Module):
 
     def __call__(self, x, positions, mask, pet, cache=None):
         """x [B, L, D] -> (normed states [B, L, D], (keys, values) of these tokens, updated cached keys and values)."""
-        blocks = None if pet is None else pet.blocks["decoder"]["self_attention"]
-        shared = None if pet is None else pet.replace(blocks=None)
+        blocks, shared = layer_blocks(pet, "decoder", "self_attention")
         cached = (None, None) if cache is None else (cache.key, cache.value)
         write = None if cache is None else cache.column
         carry = (x, *cached, jnp.zeros((), jnp.int32))
@@ -169,34 +168,30 @@ class Llama(nn.Module):
         Args:
           source: [B, S] ids, left-padded; source_mask: [B, S] bool.
           target: [B, L] ids, right-padded; target_mask: [B, L] bool.
-          pet: the mixture of LoRA blocks, or None.
+          pet: the mixture of PET blocks, or None.
 
         Returns:
           [B, L, V] float32; position j predicts target[:, j].
         """
         ids = jnp.concatenate([source, target[:, :-1]], axis=1)
         valid = jnp.concatenate([source_mask, target_mask[:, :-1]], axis=1)
-        length = ids.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        mask = causal[None, None] & valid[:, None, None, :]
-        states, _, _ = self.decoder(self.embed(ids), positions_of(valid), mask, pet)
-        return self.logits(states[:, source.shape[1] - 1 :])
+        x, valid = put_prompt_before(pet, self.embed(ids), valid)
+        states, _, _ = self.decoder(x, positions_of(valid), causal_mask(valid), pet)
+        return self.logits(states[:, -target.shape[1] :])
 
     def prefill(
         self, source: jax.Array, source_mask: jax.Array, new_tokens: int, pet: Mixture | None = None
     ) -> tuple[jax.Array, Cache]:
         """Reads the source: the logits [B, V] of the first answer token, and a cache with room for `new_tokens`."""
-        length = source.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        mask = causal[None, None] & source_mask[:, None, None, :]
-        states, (key, value), _ = self.decoder(self.embed(source), positions_of(source_mask), mask, pet)
+        x, valid = put_prompt_before(pet, self.embed(source), source_mask)
+        states, (key, value), _ = self.decoder(x, positions_of(valid), causal_mask(valid), pet)
         room = ((0, 0), (0, 0), (0, new_tokens), (0, 0), (0, 0))
         cache = Cache(
             key=jnp.pad(key, room),
             value=jnp.pad(value, room),
-            mask=jnp.pad(source_mask, ((0, 0), (0, new_tokens))),
-            position=source_mask.sum(axis=1),
-            column=jnp.asarray(length, jnp.int32),
+            mask=jnp.pad(valid, ((0, 0), (0, new_tokens))),
+            position=valid.sum(axis=1),
+            column=jnp.asarray(valid.shape[1], jnp.int32),
         )
         return self.logits(states[:, -1:])[:, 0], cache
 
@@ -208,6 +203,12 @@ class Llama(nn.Module):
         )
         cache = cache.replace(key=key, value=value, mask=mask, position=cache.position + 1, column=cache.column + 1)
         return self.logits(states)[:, 0], cache
+
+
+def causal_mask(valid: jax.Array) -> jax.Array:
+    """[B, 1, L, L] bool of valid [B, L]: each token sees the valid ones up to itself."""
+    length = valid.shape[1]
+    return jnp.tril(jnp.ones((length, length), bool))[None, None] & valid[:, None, None, :]
 
 
 def positions_of(valid: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from flax import struct
 
 from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, scan_layers
 from sapt_jax.models.variants import T5Config
-from sapt_jax.pet import Mixture, Sites
+from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
 
 START_ID = 0
 
@@ -34,8 +34,8 @@ class Cache:
 
     Attributes:
       key, value: [layers, B, S, N, H] of the decoder's own tokens, S = new tokens + 1 for the start id.
-      cross_key, cross_value: [layers, B, source length, N, H] of the encoded source, read only.
-      source_mask: [B, source length] bool.
+      cross_key, cross_value: [layers, B, S', N, H] of the encoded source, read only; S' = prompt and source length.
+      source_mask: [B, S'] bool.
       column: [] int, the column that the next token is written to.
     """
 
@@ -216,8 +216,7 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, pet: Mixture | None) -> jax.Array:
         """x [B, L, D], mask [B, L] -> normed states [B, L, D]."""
         c = self.config
-        blocks = None if pet is None else pet.blocks["encoder"]["attention"]
-        shared = None if pet is None else pet.replace(blocks=None)
+        blocks, shared = layer_blocks(pet, "encoder", "attention")
         positions = jnp.arange(x.shape[1])
         buckets = relative_buckets(
             positions[None, :] - positions[:, None], True, c.relative_buckets, c.relative_max_distance
@@ -259,8 +258,7 @@ class Decoder(nn.Module):
           (normed states [B, L, D], cached key and value, cross key and value where they were projected).
         """
         c = self.config
-        blocks = None if pet is None else pet.blocks["decoder"]
-        shared = None if pet is None else pet.replace(blocks=None)
+        blocks, shared = layer_blocks(pet, "decoder")
         length = x.shape[1]
         positions = jnp.arange(length) + (0 if write is None else write)
         columns = jnp.arange(length if cached is None else cached[0].shape[2])
@@ -330,13 +328,14 @@ class T5(nn.Module):
           source: [B, S] ids, right-padded; source_mask: [B, S] bool.
           target: [B, L] ids, right-padded; target_mask: [B, L] bool, unused: no token sees the padding after
             it.
-          pet: the mixture of LoRA blocks, or None.
+          pet: the mixture of PET blocks, or None.
 
         Returns:
           [B, L, V] float32; position j predicts target[:, j].
         """
         del target_mask
-        encoded = self.encoder(self.embed(source), source_mask, pet)
+        x, source_mask = put_prompt_before(pet, self.embed(source), source_mask)
+        encoded = self.encoder(x, source_mask, pet)
         shifted = jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=START_ID)
         states, _, _ = self.decoder(self.embed(shifted), encoded, source_mask, pet)
         return self.logits(states)
@@ -350,7 +349,8 @@ class T5(nn.Module):
           (logits [B, V] of the first answer token, a cache with room for `new_tokens`).
         """
         c = self.config
-        encoded = self.encoder(self.embed(source), source_mask, pet)
+        x, source_mask = put_prompt_before(pet, self.embed(source), source_mask)
+        encoded = self.encoder(x, source_mask, pet)
         start = self.embed(jnp.full((source.shape[0], 1), START_ID, source.dtype))
         shape = (c.num_decoder_layers, source.shape[0], new_tokens + 1, c.num_heads, c.head_dim)
         empty = jnp.zeros(shape, self.dtype)
