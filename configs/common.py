@@ -68,13 +68,32 @@ def get_config() -> ConfigDict:
     # Weighs the mean KL of each earlier task, summed over tasks. 2.0 is the released code's effective weight.
     c.kl_ratio = 2.0
     c.pseudo_samples = ConfigDict()
-    # "files" (the generated_data layout), "train" (a sample of the real training inputs) or "none".
+    # "generate" (written by the model itself after each task), "files" (the generated_data layout), "train" (a sample
+    # of the real training inputs: the upper bound) or "none".
     c.pseudo_samples.source = "files"
     c.pseudo_samples.dir = "lora_gen_superni_t5"
     c.pseudo_samples.ratio = 0.02
     c.pseudo_samples.minimum = 4
     # Drawn from every earlier task in each step.
     c.pseudo_samples.batch_size = 8
+    # The LoRA block that learns to write a task's samples, on the plain model. The values are the released code's,
+    # which also adds tokens to the vocabulary and a repetition penalty of 2.5.
+    generator = c.pseudo_samples.generator = ConfigDict()
+    generator.rank = 8
+    generator.alpha = 32.0
+    generator.learning_rate = 1e-3
+    generator.steps = 5000
+    generator.batch_size = 16
+    # Of a definition and an input, in tokens; a text that has not ended there is no sample.
+    generator.max_length = 512
+    generator.temperature = 1.0
+    # 0 and 1.0 cut nothing off.
+    generator.top_k = 20
+    generator.top_p = 1.0
+    # Texts drawn for each sample wanted, at most, before a task goes on with what there is.
+    generator.draws = 20
+    # Whether samples carry answers; the reflection loss needs none.
+    generator.answers = False
 
     c.data = ConfigDict()
     c.data.max_source_length = 512
@@ -153,4 +172,6 @@ def get_config() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
+    # Pairs that replace rules of sapt_jax/partitioning.py: (("embed", None),) keeps every device a whole weight matrix.
+    c.mesh.rules = ()
     return c

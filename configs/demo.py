@@ -17,6 +17,11 @@ def get_config():
     c.model.param_dtype = "float32"
     c.pseudo_samples.source = "train"
     c.pseudo_samples.minimum = 8
+    # For pseudo_samples.source=generate; a minute for each task.
+    c.pseudo_samples.generator.learning_rate = 3e-3
+    c.pseudo_samples.generator.steps = 44
+    c.pseudo_samples.generator.batch_size = 8
+    c.pseudo_samples.generator.max_length = 96
     c.data.max_source_length = 64
     c.data.max_target_length = 16
     c.data.max_train = 88

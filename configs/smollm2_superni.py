@@ -16,6 +16,11 @@ def get_config():
     c.model.dtype = "float32"
     c.model.param_dtype = "float32"
     c.pseudo_samples.dir = "lora_gen_superni_llama"
+    # For pseudo_samples.source=generate; three minutes for each task.
+    c.pseudo_samples.generator.learning_rate = 2e-3
+    c.pseudo_samples.generator.steps = 60
+    c.pseudo_samples.generator.batch_size = 8
+    c.pseudo_samples.generator.max_length = 256
     c.data.max_source_length = 160
     c.data.max_train = 240
     c.data.max_dev = 25

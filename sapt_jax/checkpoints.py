@@ -3,7 +3,8 @@
     WORKDIR/tasks/00-NAME/steps/K/{latest,best,loop}   while the task trains; one step is kept
     WORKDIR/tasks/00-NAME/committed/                   after it: bank, keys, targets and the trainable tree
 
-Both are written beside their place and renamed, so that a killed run finds either the old or the new one.
+Both are written beside their place and renamed, or in an object store closed with a file of their own, so that a killed
+run finds either the old or the new one.
 """
 
 import dataclasses
@@ -13,10 +14,14 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import args as ocp_args
 
 from sapt_jax.state import Frozen, Trainable
 from sapt_jax.train import TrainState
+from sapt_jax.workdir import as_path, is_remote
+
+_LAST_FILE = "commit_success.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +44,9 @@ class Loop:
     buckets: tuple[tuple[int, int], ...] = ()
 
 
-def task_folder(workdir: Path, task_index: int, name: str) -> Path:
+def task_folder(workdir: str | Path, task_index: int, name: str) -> epath.Path:
     """WORKDIR/tasks/00-NAME."""
-    return Path(workdir) / "tasks" / f"{task_index:02d}-{name}"
+    return as_path(workdir) / "tasks" / f"{task_index:02d}-{name}"
 
 
 def check_order(workdir: Path, names: Sequence[str]) -> None:
@@ -50,7 +55,7 @@ def check_order(workdir: Path, names: Sequence[str]) -> None:
     Raises:
       ValueError: naming the first task that differs.
     """
-    for folder in sorted((Path(workdir) / "tasks").glob("*-*")):
+    for folder in sorted((as_path(workdir) / "tasks").glob("*-*")):
         number, name = folder.name.split("-", 1)
         index = int(number)
         if index >= len(names) or names[index] != name:
@@ -70,10 +75,12 @@ class TaskCheckpoints:
     """The checkpoints of one task in training: the latest state, and the best trainable tree so far."""
 
     def __init__(self, folder: Path):
-        self._folder = Path(folder).absolute() / "steps"
+        self._folder = _absolute(folder) / "steps"
         self._manager = ocp.CheckpointManager(
             self._folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=1, create=True, temporary_path_class=_way_of_finishing(self._folder)
+            ),
             item_names=("latest", "best", "loop"),
         )
 
@@ -129,26 +136,27 @@ def committed(frozen: Frozen, trainable: Trainable) -> dict[str, Any]:
 
 def latest_step(folder: Path) -> int:
     """The step of the latest checkpoint of a task in training, 0 where there is none."""
-    steps = Path(folder) / "steps"
-    return max((int(path.name) for path in steps.glob("*") if path.name.isdigit()), default=0)
+    steps = as_path(folder) / "steps"
+    return max((int(path.name) for path in steps.glob("*") if path.name.isdigit() and _is_finished(path)), default=0)
 
 
 def has_committed(folder: Path) -> bool:
     """Whether the task in this folder was committed."""
-    return (Path(folder) / "committed").is_dir()
+    return _is_finished(as_path(folder) / "committed")
 
 
 def saved_capacity(folder: Path) -> int:
     """The number of slots in the bank that a committed task's checkpoint holds."""
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(Path(folder).absolute() / "committed").item_metadata.tree
+        tree = checkpointer.metadata(_absolute(folder) / "committed").item_metadata.tree
     return tree["['keys']"].shape[0]
 
 
 def save_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> None:
     """Saves the state after a task; returns when it is on disk."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(folder).absolute() / "committed", _plain(committed(frozen, trainable)))
+    where = _absolute(folder) / "committed"
+    with ocp.StandardCheckpointer(temporary_path_class=_way_of_finishing(where)) as checkpointer:
+        checkpointer.save(where, _plain(committed(frozen, trainable)))
 
 
 def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
@@ -157,13 +165,27 @@ def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[
     Raises:
       ValueError: lists every array that is missing, unexpected or of another shape or dtype.
     """
-    where = Path(folder).absolute() / "committed"
+    where = _absolute(folder) / "committed"
     wanted = abstract_like(committed(frozen, trainable))
     _check(where, wanted)
     with ocp.StandardCheckpointer() as checkpointer:
         tree = _like(wanted, checkpointer.restore(where, _plain(wanted)))
     frozen = frozen.replace(bank=tree["bank"], keys=tree["keys"], targets=tree["targets"])
     return frozen, tree["trainable"]
+
+
+def _absolute(folder: str | Path) -> epath.Path:
+    path = as_path(folder)
+    return path if is_remote(path) else path.absolute()
+
+
+def _is_finished(checkpoint: epath.Path) -> bool:
+    return (checkpoint / _LAST_FILE).is_file() if is_remote(checkpoint) else checkpoint.is_dir()
+
+
+def _way_of_finishing(path: epath.Path) -> Any:
+    """How Orbax marks a checkpoint as whole. Its default renames on S3, too, where that copies file by file."""
+    return ocp.path.atomicity.CommitFileTemporaryPath if is_remote(path) else None
 
 
 def _plain(tree: Any) -> Any:

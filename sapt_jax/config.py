@@ -3,12 +3,13 @@
 import difflib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from configs import common
+from sapt_jax.data.pseudo_samples import PSEUDO_SOURCES
 from sapt_jax.methods.sapt import LEARNING, SELECTION
 from sapt_jax.metrics import REFERENCE_CHOICES
 from sapt_jax.models.loading import DTYPES
@@ -22,6 +23,14 @@ POSITIVE = (
     "attention.query_hidden",
     "attention.temperature",
     "pseudo_samples.batch_size",
+    "pseudo_samples.generator.rank",
+    "pseudo_samples.generator.alpha",
+    "pseudo_samples.generator.steps",
+    "pseudo_samples.generator.batch_size",
+    "pseudo_samples.generator.max_length",
+    "pseudo_samples.generator.temperature",
+    "pseudo_samples.generator.top_p",
+    "pseudo_samples.generator.draws",
     "data.max_buckets",
     "data.source_multiple",
     "data.target_multiple",
@@ -48,12 +57,15 @@ NOT_NEGATIVE = (
     "train.patience",
     "train.checkpoint_every_steps",
     "optimizer.learning_rate",
+    "pseudo_samples.generator.learning_rate",
+    "pseudo_samples.generator.top_k",
     "attention.warm_start_steps",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
 )
 # Settings that would otherwise be found wrong only after the run has begun.
 CHOICES = {
+    "pseudo_samples.source": PSEUDO_SOURCES,
     "pet.kind": ("lora", "prompt"),
     "attention.learning": LEARNING,
     "attention.selection": SELECTION,
@@ -77,6 +89,7 @@ FREE_ON_RESUME = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.rules",
 )
 
 
@@ -132,13 +145,13 @@ def check_config(config: Any) -> None:
         raise ValueError("\n".join(problems))
 
 
-def record_config(config: Any, workdir: Path) -> None:
+def record_config(config: Any, workdir: epath.Path) -> None:
     """Writes WORKDIR/config.json, what `check_same_run` compares with."""
     if jax.process_index() == 0:
         write_text_atomically(workdir / "config.json", json.dumps(to_jsonable(flatten(config)), indent=1) + "\n")
 
 
-def check_same_run(config: Any, workdir: Path) -> None:
+def check_same_run(config: Any, workdir: epath.Path) -> None:
     """Compares the config with the one that started the run in `workdir`, if there is one.
 
     Raises:

@@ -7,16 +7,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from etils import epath
 
-from sapt_jax import checkpoints, metrics, partitioning, run_log, terminal
+from sapt_jax import checkpoints, metrics, partitioning, preemption, run_log, terminal
 from sapt_jax.config import check_config, check_same_run, flatten, record_config
 from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES, resolve_task_order
 from sapt_jax.data.stream import split_names
 from sapt_jax.fit import fit
+from sapt_jax.generator import make_generator, with_written_pool
 from sapt_jax.learner import Learner, build, make_method
-from sapt_jax.state import Frozen, Trainable, commit, grow
-
-commit_task = jax.jit(commit)
+from sapt_jax.state import Frozen, Trainable, grow
+from sapt_jax.workdir import as_path
 
 # The settings that a score depends on beside model and training; they are told with every score.
 PROTOCOL = (
@@ -48,13 +49,17 @@ PROTOCOL = (
 def run(config: Any, workdir: str | Path) -> dict[str, Any]:
     """Teaches a model a sequence of tasks, or goes on where an earlier call with this workdir stopped.
 
+    Args:
+      workdir: a local folder, or a path of file:///, gs:// or s3://.
+
     Returns:
       What `scores.json` holds.
 
     Raises:
       ValueError or FileNotFoundError: naming the file or config field at fault, before anything is changed.
+      PreemptedError: the run was asked to stop (`preemption`); the same call goes on.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     check_config(config)
     check_same_run(config, workdir)
     names = resolve_task_order(config.task_order, config.benchmark)
@@ -62,7 +67,7 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
     disabled = _disabled_tasks(config, names, workdir)
     single_task_scores = _single_task_scores(config, names)
     mesh = partitioning.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.make_rules(config.mesh.rules)):
         learner, base = build(config, mesh)
         record_config(config, workdir)
         return _run_tasks(config, learner, base, workdir, disabled, single_task_scores)
@@ -72,7 +77,7 @@ def _run_tasks(
     config: Any,
     learner: Learner,
     base: Any,
-    workdir: Path,
+    workdir: epath.Path,
     disabled: tuple[str, ...],
     single_task_scores: dict[str, float],
 ) -> dict[str, Any]:
@@ -84,25 +89,29 @@ def _run_tasks(
     frozen = learner.init_frozen(base, capacity, disabled)
     cut = learner.stream.truncated()
     console = terminal.make_console()
+    console.quiet = jax.process_index() != 0
     console.print(
         f"{len(names)} tasks, {sum(len(task.train) for task in learner.stream.tasks)} training rows, batch shapes "
         f"{', '.join(f'{source}+{target}' for source, target in learner.stream.buckets)}, "
         f"{learner.stream.padding(config.train.batch_size):.1%} padding, {sum(n for n, _ in cut.values())} prompts and "
         f"{sum(n for _, n in cut.values())} answers cut"
     )
+    generates = config.pseudo_samples.source == "generate" and learner.method.uses_pseudo_samples
+    generator = make_generator(config, learner) if generates else None
     trainable = None
     matrix = metrics.empty_matrix(len(names))
     with run_log.RunLog(workdir, resume_from=_resume_point(folders)) as log:
         for index, folder in enumerate(folders):
-            slot = learner.method.slot_index(index)
             fresh = learner.open_task(config.seed, index, base, trainable)
             if checkpoints.has_committed(folder):
                 saved = learner.init_frozen(base, checkpoints.saved_capacity(folder), ())
                 saved, trainable = checkpoints.load_committed(folder, saved, fresh)
-                frozen = grow(saved, capacity).replace(enabled=frozen.enabled)
+                rest = partitioning.place(grow(saved.replace(base=None), capacity), learner.mesh)
+                frozen = rest.replace(base=base, enabled=frozen.enabled)
             else:
-                trainable = fit(config, learner, frozen, fresh, index, folder, log, console)
-                frozen = commit_task(frozen, trainable, _reflection_target(learner, frozen, trainable, index), slot)
+                trainable = fit(config, learner, frozen, fresh, index, folder, log, "train", console)
+                target = _reflection_target(learner, frozen, trainable, index)
+                frozen = learner.commit(frozen, trainable, target, index)
                 checkpoints.save_committed(folder, frozen, trainable)
             row = [_test(config, learner, frozen, trainable, results, index, tested) for tested in range(index + 1)]
             matrix = metrics.with_row(matrix, index, row)
@@ -118,6 +127,10 @@ def _run_tasks(
                 matrix, names, scores["metric_per_task"], title=f"Scores, {config.method}", width=console.width
             )
             console.print(table)
+            # The last task needs none until a longer order goes on from it.
+            if generator and index + 1 < len(names):
+                arguments = (frozen, trainable, index, folder, log, console)
+                learner = with_written_pool(config, generator, learner, *arguments)
     for category, score in scores.get("category_scores", {}).items():
         console.print(f"mean of {category}: {terminal.format_score(score)}")
     for name, score in unseen.items():
@@ -131,7 +144,7 @@ def _run_tasks(
     return scores
 
 
-def _disabled_tasks(config: Any, names: tuple[str, ...], workdir: Path) -> tuple[str, ...]:
+def _disabled_tasks(config: Any, names: tuple[str, ...], workdir: epath.Path) -> tuple[str, ...]:
     disabled = resolve_task_order(config.disabled_tasks, config.benchmark) if config.disabled_tasks else ()
     method = make_method(config)
     for name in disabled:
@@ -164,7 +177,7 @@ def _single_task_scores(config: Any, names: tuple[str, ...]) -> dict[str, float]
     return scores
 
 
-def _resume_point(folders: list[Path]) -> tuple[int, int] | None:
+def _resume_point(folders: list[epath.Path]) -> tuple[int, int] | None:
     """(task, step) that the curves go on after; None for a new run."""
     for index, folder in enumerate(folders):
         if not checkpoints.has_committed(folder):
@@ -173,16 +186,22 @@ def _resume_point(folders: list[Path]) -> tuple[int, int] | None:
     return (len(folders), 0)
 
 
-def _reflection_target(learner: Learner, frozen: Frozen, trainable: Trainable, task_index: int) -> jax.Array:
+def _reflection_target(learner: Learner, frozen: Frozen, trainable: Trainable, task_index: int) -> np.ndarray:
     """The mean attention [T] of a task's dev inputs (without dev, its training inputs) just after learning it."""
     task = learner.stream.tasks[task_index]
     split = task.dev if len(task.dev) else task.train
     weights = learner.attention(frozen, trainable, split, learner.method.slot_index(task_index))
-    return partitioning.replicate(weights.mean(axis=0).astype(np.float32), learner.mesh)
+    return weights.mean(axis=0).astype(np.float32)
 
 
 def _test(
-    config: Any, learner: Learner, frozen: Frozen, trainable: Trainable, results: Path, task_index: int, tested: int
+    config: Any,
+    learner: Learner,
+    frozen: Frozen,
+    trainable: Trainable,
+    results: epath.Path,
+    task_index: int,
+    tested: int,
 ) -> float:
     """The score on task `tested` after training `task_index`, from its predictions file where there is one.
 
@@ -190,6 +209,8 @@ def _test(
     """
     tasks = learner.stream.tasks + learner.stream.unseen
     names = [task.name for task in tasks]
+    if preemption.requested():
+        raise preemption.PreemptedError(f"before the test of {names[tested]} after task {names[task_index]}")
     file = run_log.predictions_file(results, names, task_index, tested)
     if file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -215,7 +236,7 @@ def _test(
 def _write_scores(
     config: Any,
     learner: Learner,
-    results: Path,
+    results: epath.Path,
     matrix: np.ndarray,
     frozen: Frozen,
     unseen: dict[str, float],

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from sapt_jax.data.batching import FILLER, eval_batches
 from sapt_jax.data.encoding import EncodedSplit
 from sapt_jax.data.tokenizers import Tokenizer
-from sapt_jax.partitioning import place_batch
+from sapt_jax.partitioning import own_slice, place_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,7 @@ def map_sources(
         target_length=max(target for _, target in layout.buckets),
         padding_side=layout.padding_side,
         pad_id=layout.pad_id,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **own_slice(layout.mesh),
     )
     for own, batch in batches:
         # Row numbers travel with the rows: a mesh may order its devices otherwise than the processes.

@@ -3,24 +3,25 @@
 import dataclasses
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from rich.console import Console
 
+from sapt_jax import preemption
 from sapt_jax.checkpoints import Loop, TaskCheckpoints
 from sapt_jax.data.batching import steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask
 from sapt_jax.learner import Learner
 from sapt_jax.metrics import score_task
-from sapt_jax.partitioning import place_batch, replicate
+from sapt_jax.partitioning import own_slice, place_batch, replicate
 from sapt_jax.run_log import RunLog
 from sapt_jax.state import Frozen, Trainable
 from sapt_jax.terminal import TrainingProgress
-from sapt_jax.train import TaskScalars, TrainState
+from sapt_jax.train import TaskScalars
 
 CLOSED_GATE = 0.01
 
@@ -37,8 +38,9 @@ def fit(
     frozen: Frozen,
     trainable: Trainable,
     task_index: int,
-    folder: Path,
+    folder: epath.Path,
     log: RunLog,
+    kind: str,
     console: Console,
 ) -> Trainable:
     """Trains one task, going on from its latest checkpoint where there is one.
@@ -48,14 +50,18 @@ def fit(
     Args:
       trainable: the fresh tree of this task.
       folder: the task's folder of checkpoints.
+      kind: what the curves are called, "train" for the task itself.
 
     Returns:
       The tree that scored best on dev (the last of equals), or the last one where there is no dev split.
+
+    Raises:
+      PreemptedError: the run was asked to stop; the step it stands at is saved.
     """
     task = learner.stream.tasks[task_index]
     steps = total_steps(config, len(task.train))
     per_epoch = steps_per_epoch(len(task.train), config.train.batch_size)
-    state = replicate(TrainState(trainable, learner.optimizer.init(trainable), jnp.zeros((), jnp.int32)), learner.mesh)
+    state = learner.open_state(trainable)
     pools = learner.pools(frozen, task_index)
     checkpoints = TaskCheckpoints(folder)
     if (saved := checkpoints.restore(state)) is not None:
@@ -66,8 +72,10 @@ def fit(
     slot_index = learner.method.slot_index(task_index)
     scalars = replicate(TaskScalars(*np.array([task_index, slot_index, steps], np.int32)), learner.mesh)
     place = f"task {task_index + 1}/{len(learner.stream.tasks)} {task.name}"
+    if kind != "train":
+        place += f", {kind}"
     with TrainingProgress(console, place, steps, first_step=loop.step) as progress:
-        curves = _Curves(config, task, task_index, slot_index, log, progress)
+        curves = _Curves(config, task, task_index, slot_index, log, kind, progress)
         for batch in _batches(config, learner, task, task_index, loop, steps) if not loop.finished else ():
             state, metrics = learner.train_step(frozen, state, batch, pools, scalars)
             step = loop.step + 1
@@ -82,13 +90,17 @@ def fit(
                 best = jax.tree.map(jnp.copy, state.trainable)
             elif not len(task.dev):
                 best = state.trainable
+            stops = preemption.requested()
             every = config.train.checkpoint_every_steps
-            if evaluate or (every and step % every == 0):
+            if evaluate or stops or (every and step % every == 0):
                 # A run that goes on from here finds its curves up to here.
                 curves.flush()
                 checkpoints.save(state, best, loop)
             if loop.finished:
                 break
+            if stops:
+                checkpoints.close()
+                raise preemption.PreemptedError(f"after step {step} of {place}")
         curves.close()
     checkpoints.close()
     return best
@@ -116,8 +128,7 @@ def _batches(
         num_steps=steps,
         padding_side=learner.model.padding_side,
         pad_id=learner.tokenizer.pad_id,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **own_slice(learner.mesh),
         prefetch_threads=config.data.prefetch_threads,
         prefetch_batches=config.data.prefetch_batches,
     )
@@ -141,11 +152,12 @@ class _Curves:
         task_index: int,
         slot_index: int,
         log: RunLog,
+        kind: str,
         progress: TrainingProgress,
     ):
         self._every = config.train.log_every_steps
         self._task, self._task_index, self._slot = task, task_index, slot_index
-        self._log, self._progress = log, progress
+        self._log, self._kind, self._progress = log, kind, progress
         self._filling: list[tuple[int, Any]] = []
         self._full: list[tuple[int, Any]] = []
         # Where no step was taken there is nothing to warn of.
@@ -163,6 +175,7 @@ class _Curves:
         self._write(self._full)
         self._write(self._filling)
         self._full, self._filling = [], []
+        self._log.flush()
 
     def close(self) -> None:
         """Warns where the new slot was never used."""
@@ -181,6 +194,6 @@ class _Curves:
         fetched = jax.device_get([metrics for _, metrics in interval])
         tokens = sum(int(metrics["tokens"]) for metrics in fetched)
         mean = {name: np.mean([metrics[name] for metrics in fetched], axis=0) for name in fetched[0]}
-        self._log.log("train", task_index=self._task_index, task=self._task.name, step=step, **mean)
+        self._log.log(self._kind, task_index=self._task_index, task=self._task.name, step=step, **mean)
         self._progress.update(step, tokens=tokens, loss=mean["loss"])
         self._gate_open = mean["attention"][self._slot] >= CLOSED_GATE

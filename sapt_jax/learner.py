@@ -22,8 +22,8 @@ from sapt_jax.methods import METHODS
 from sapt_jax.methods.protocol import Method, Pools
 from sapt_jax.models.loading import load_params, make_model, read_shape
 from sapt_jax.optimization import make_optimizer, schedule_factor
-from sapt_jax.state import Frozen, Trainable, init_frozen
-from sapt_jax.train import attention_weights, make_train_step, pooled_source
+from sapt_jax.state import Frozen, Trainable, commit, init_frozen
+from sapt_jax.train import attention_weights, init_state, make_train_step, pooled_source
 
 WARM_START_ROWS = 256
 
@@ -42,6 +42,8 @@ class Learner:
     train_step: Callable
     warm_start_step: Callable
     open_slot: Callable
+    open_state: Callable
+    commit_slot: Callable
     generate: Callable
     weights: Callable
     pooled: Callable
@@ -68,13 +70,17 @@ class Learner:
 
     def init_frozen(self, base: Any, capacity: int, disabled: tuple[str, ...]) -> Frozen:
         """An empty bank of `capacity` slots around the pretrained model, less the slots of withdrawn tasks."""
-        shape = self.model.config
         enabled = np.ones((capacity,), bool)
         for name in disabled:
             enabled[self.method.slot_index(self.stream.names.index(name))] = False
-        frozen = init_frozen(None, self.method.pet, self.model.pet_sites(shape), shape.d_model, capacity)
-        frozen = partitioning.replicate(frozen.replace(enabled=enabled), self.mesh)
-        return frozen.replace(base=base)
+        frozen = partitioning.create(_empty_bank(self.model, self.method, capacity), self.mesh)
+        return frozen.replace(base=base, enabled=partitioning.replicate(enabled, self.mesh))
+
+    def commit(self, frozen: Frozen, trainable: Trainable, target: np.ndarray, task_index: int) -> Frozen:
+        """The frozen tree after task `task_index`, whose dev inputs attend as `target` [T] says."""
+        slot = np.int32(self.method.slot_index(task_index))
+        # The base stays out: a program's results are new arrays.
+        return self.commit_slot(frozen.replace(base=None), trainable, target, slot).replace(base=frozen.base)
 
     def predict(
         self, frozen: Frozen, trainable: Trainable, split: EncodedSplit, slot_index: int
@@ -111,6 +117,11 @@ def _open_slot(
     model: nn.Module, method: Method, rng: jax.Array, table: jax.Array, previous: Trainable | None
 ) -> Trainable:
     return method.open_task(rng, model.pet_sites(model.config), table, previous)
+
+
+def _empty_bank(model: nn.Module, method: Method, capacity: int) -> Callable[[], Frozen]:
+    shape = model.config
+    return functools.partial(init_frozen, None, method.pet, model.pet_sites(shape), shape.d_model, capacity)
 
 
 def make_pet(config: Any) -> pet.Pet:
@@ -180,16 +191,26 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
       ValueError or FileNotFoundError: naming the file or config field at fault.
     """
     method = make_method(config)
-    partitioning.check_batch_sizes(
-        {
-            "train.batch_size / accumulation": config.train.batch_size // config.train.accumulation,
-            "eval.batch_size": config.eval.batch_size,
-        },
-        mesh,
-    )
+    sizes = {
+        "train.batch_size / accumulation": config.train.batch_size // config.train.accumulation,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    if config.pseudo_samples.source == "generate" and method.uses_pseudo_samples:
+        sizes["pseudo_samples.generator.batch_size"] = config.pseudo_samples.generator.batch_size
+    partitioning.check_batch_sizes(sizes, mesh)
     # The data before the weights: these take minutes to load, and a mistake in the data would be told only then.
     model, tokenizer, stream = read_inputs(config)
     base = load_params(model, config.model.path, config.model.param_dtype, mesh, config.seed)
+    return make_learner(config, model, method, tokenizer, stream, mesh), base
+
+
+def make_learner(
+    config: Any, model: nn.Module, method: Method, tokenizer: Tokenizer, stream: Stream, mesh: Mesh
+) -> Learner:
+    """The learner of a model and a method on a stream, with its jitted functions.
+
+    What one of them returns is placed as the next one takes it, so that each compiles once for all tasks.
+    """
     options = config.optimizer
     optimizer = make_optimizer(
         options.learning_rate,
@@ -201,7 +222,13 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
         options.weight_decay,
         options.max_grad_norm,
     )
-    learner = Learner(
+    open_slot, open_state = functools.partial(_open_slot, model, method), functools.partial(init_state, optimizer)
+    frozen = jax.eval_shape(_empty_bank(model, method, method.capacity(max(len(stream.tasks), config.pet.capacity))))
+    table = jax.ShapeDtypeStruct((model.config.vocab_size, model.config.d_model), np.float32)
+    trainable = jax.eval_shape(open_slot, jax.random.key(0), table, None)
+    state = jax.eval_shape(open_state, trainable)
+    of_frozen, of_trainable, of_state = (partitioning.shardings(tree, mesh) for tree in (frozen, trainable, state))
+    return Learner(
         model=model,
         method=method,
         tokenizer=tokenizer,
@@ -216,10 +243,12 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
             lambda step, total: schedule_factor(options.schedule, step, options.warmup_steps, total),
             config.train.accumulation,
             config.seed,
-            partitioning.replicated(mesh),
+            (of_state, partitioning.replicated(mesh)),
         ),
-        warm_start_step=jax.jit(method.warm_start),
-        open_slot=jax.jit(functools.partial(_open_slot, model, method), out_shardings=partitioning.replicated(mesh)),
+        warm_start_step=jax.jit(method.warm_start, out_shardings=of_trainable),
+        open_slot=jax.jit(open_slot, out_shardings=of_trainable),
+        open_state=jax.jit(open_state, out_shardings=of_state),
+        commit_slot=jax.jit(commit, out_shardings=of_frozen),
         generate=make_generate(
             model,
             method,
@@ -232,4 +261,3 @@ def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
         weights=jax.jit(functools.partial(attention_weights, model, method)),
         pooled=jax.jit(functools.partial(pooled_source, model, method)),
     )
-    return learner, base

@@ -2,7 +2,11 @@
 
     python -m sapt_jax.main --config=configs/smollm2_superni.py --workdir=runs/smollm2
 
-Any setting is changed with --config.NAME=VALUE. The same command again goes on where a stopped run left off.
+Any setting is changed with --config.NAME=VALUE. The same command again goes on where a stopped run left off, killed or
+asked to stop by SIGTERM, at which a run saves first.
+
+A run on several hosts is started on each of them: with --distributed where the cluster says who they are (TPU pods,
+SLURM, Kubernetes, Open MPI), else with --coordinator, --num_processes and --process_id.
 """
 
 import sys
@@ -11,14 +15,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sapt_jax import continual
+from sapt_jax import continual, preemption
 from sapt_jax.config import unknown_fields
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, a file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, scores and logs go.")
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "One process of several: a TPU pod slice, SLURM or several hosts."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, scores and logs go: a folder, gs:// or s3://.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several, as the cluster says (TPU pod, SLURM).")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT on process 0's host, where no cluster says it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes, with --coordinator.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -27,15 +32,31 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
     try:
+        _join_processes()
         continual.run(_CONFIG.value, _WORKDIR.value)
+    except preemption.PreemptedError as place:
+        if jax.process_index() == 0:
+            print(f"stopped {place}, and saved. The same command goes on from there.", file=sys.stderr)
+        sys.exit(preemption.EXIT_CODE)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # What a user can mend is told without the program's own stack; --verbosity=1 shows it.
         if flags.FLAGS.verbosity > 0:
             raise
         sys.exit(f"error: {error}")
+
+
+def _join_processes() -> None:
+    """Joins the other processes of the run, and lets SIGTERM stop it where that loses nothing."""
+    explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if any(value is not None for value in explicit):
+        if None in explicit:
+            raise ValueError("--coordinator, --num_processes and --process_id go together: set all three.")
+        jax.distributed.initialize(*explicit)
+    elif _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    else:
+        preemption.watch()
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The device mesh, the rules from logical to mesh axes, and where arrays go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,11 +8,15 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sapt_jax.pet import TASK_AXIS
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Logical axis -> mesh axis. A parameter with an axis that has no rule is an error.
-RULES: tuple[tuple[str, Any], ...] = (
+Rules = tuple[tuple[str, Any], ...]
+
+# Logical axis -> mesh axis; `config.mesh.rules` may replace each. An array with an axis without one is an error.
+RULES: Rules = (
     ("batch", BATCH_AXES),
     ("length", None),
     ("act_embed", None),
@@ -23,7 +27,66 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    ("head_dim", None),
+    # PET blocks: LoRA's two factors follow the matrices that they are added to.
+    ("tasks", None),
+    ("rank", None),
+    ("prompt", None),
+    # The shared attention is small: every device holds all of it.
+    ("query", None),
+    ("query_hidden", None),
+    ("samples", None),
 )
+
+# Logical axes of the arrays beside the model's own, by name. In a bank, blocks have an axis "tasks" more.
+LEAF_AXES = {
+    "a": ("layers", "embed", "rank"),
+    "query b": ("layers", "rank", "heads"),
+    "value b": ("layers", "rank", "kv_heads"),
+    "prompt": ("prompt", "act_embed"),
+    "key": ("query",),
+    "keys": ("tasks", "query"),
+    "targets": ("tasks", None),
+    "enabled": ("tasks",),
+    "down": ("query", "query_hidden"),
+    "up": ("query_hidden", "query"),
+    "scale": ("query",),
+    "bias": ("query",),
+    "pooled": ("tasks", "samples", "query"),
+    "counts": ("tasks",),
+}
+
+
+def make_rules(overrides: Sequence[tuple[str, Any]]) -> Rules:
+    """`RULES` with those in `overrides` (config.mesh.rules) in place of the ones of the same names.
+
+    Raises:
+      ValueError: names every override that is no (logical axis, mesh axis or axes or None).
+    """
+    known = dict(RULES)
+    problems = []
+    for rule in overrides:
+        pair = isinstance(rule, list | tuple) and len(rule) == 2
+        # Batches reach the devices before any program runs: where they go is fixed.
+        if not pair or rule[0] not in known or rule[0] == "batch" or not set(_mesh_axes(rule[1])) <= set(AXES):
+            problems.append(repr(rule))
+    if problems:
+        raise ValueError(
+            f"config.mesh.rules: {', '.join(problems)} cannot be. A rule is a pair of one of "
+            f"{', '.join(name for name in known if name != 'batch')} and one or several of {', '.join(AXES)}, or "
+            "None."
+        )
+    chosen = {name: tuple(axes) if isinstance(axes, list) else axes for name, axes in overrides}
+    return tuple((name, chosen.get(name, axes)) for name, axes in RULES)
+
+
+def _mesh_axes(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _rules() -> Rules:
+    """The rules in force (`nn.logical_axis_rules`), else `RULES`."""
+    return tuple(nn.get_logical_axis_rules()) or RULES
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -49,7 +112,7 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
 
 
 def abstract_params(model: nn.Module, mesh: Mesh, dtype: Any) -> Any:
-    """The base tree of a model as `jax.ShapeDtypeStruct`s in `dtype`, each with its sharding.
+    """The base tree of a model as `jax.ShapeDtypeStruct`s in `dtype`, each with its sharding by the rules in force.
 
     Raises:
       ValueError: names every parameter that has a logical axis without a rule, or a size that the mesh does not divide.
@@ -62,29 +125,114 @@ def abstract_params(model: nn.Module, mesh: Mesh, dtype: Any) -> Any:
     arguments = (jax.random.key(0), *example, *example)
     specs = nn.get_partition_spec(jax.eval_shape(init, *arguments))
     shapes = jax.eval_shape(lambda *batch: nn.meta.unbox(init(*batch)), *arguments)
-    known = {name for name, _ in RULES}
-    unruled = [
-        f"{jax.tree_util.keystr(path)}: {spec}"
-        for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-        if any(name is not None and name not in known for name in spec)
-    ]
-    if unruled:
-        raise ValueError("no sharding rule in partitioning.RULES for " + "; ".join(unruled))
-    shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-    named = jax.tree_util.tree_leaves_with_path(shapes)
-    indivisible = [
-        f"{jax.tree_util.keystr(path)}: {size} over {axis}={mesh.shape[axis]}"
-        for (path, x), sharding in zip(named, jax.tree.leaves(shardings), strict=True)
-        for axis, size in zip(sharding.spec, x.shape, strict=False)
-        if axis is not None and size % mesh.shape[axis]
-    ]
-    if indivisible:
-        raise ValueError("config.mesh does not divide the model's sizes; choose other ones: " + "; ".join(indivisible))
+    axes = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    named = [(jax.tree_util.keystr(path), x.shape, spec) for (path, x), spec in zip(leaves, axes, strict=True)]
+    shardings = jax.tree.unflatten(treedef, _named_shardings(named, mesh))
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), shapes, shardings)
 
 
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding, by the rules in force, of every array in a tree of PET blocks, keys, pools or optimizer state.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`s, in a `Frozen` without its base, a `Trainable`, `TrainState` or `Pools`.
+
+    Raises:
+      ValueError: names every array without logical axes, with an axis without a rule, or with a size that the mesh
+        does not divide.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    named = [(jax.tree_util.keystr(path), x.shape, _leaf_axes(path, x.ndim)) for path, x in leaves]
+    nameless = [name for name, _, axes in named if axes is None]
+    if nameless:
+        raise ValueError("no logical axes in partitioning.LEAF_AXES for " + "; ".join(nameless))
+    return jax.tree.unflatten(treedef, _named_shardings(named, mesh))
+
+
+def _leaf_axes(path: tuple, ndim: int) -> tuple[str, ...] | None:
+    if ndim == 0:
+        return ()
+    names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
+    axes = LEAF_AXES.get(" ".join(names[-2:]), LEAF_AXES.get(names[-1]))
+    if axes is not None and "bank" in names:
+        place = TASK_AXIS[names[-1]]
+        axes = (*axes[:place], "tasks", *axes[place:])
+    return axes if axes is not None and len(axes) == ndim else None
+
+
+def _named_shardings(named: Sequence[tuple[str, tuple, Sequence]], mesh: Mesh) -> list[NamedSharding]:
+    """Shardings of (name, shape, logical axes)."""
+    rules = _rules()
+    known = {name for name, _ in rules}
+    unruled = [f"{name}: {tuple(axes)}" for name, _, axes in named if any(axis and axis not in known for axis in axes)]
+    if unruled:
+        raise ValueError("no sharding rule in partitioning.RULES for " + "; ".join(unruled))
+    specs = [nn.logical_to_mesh_axes(axes, rules) for _, _, axes in named]
+    indivisible = [
+        f"{name}: {size} over {axis}={_size(mesh, axis)}"
+        for (name, shape, _), spec in zip(named, specs, strict=True)
+        for axis, size in zip(spec, shape, strict=False)
+        if size % _size(mesh, axis)
+    ]
+    if indivisible:
+        raise ValueError("config.mesh does not divide the model's sizes; choose other ones: " + "; ".join(indivisible))
+    return [NamedSharding(mesh, spec) for spec in specs]
+
+
+def _size(mesh: Any, axis: Any) -> int:
+    return int(np.prod([mesh.shape[name] for name in _mesh_axes(axis)]))
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """An activation split by the rules for its logical axes; as it is where no mesh is set (`jax.set_mesh`).
+
+    A dimension that the mesh does not divide, such as few heads for keys and values, is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = nn.logical_to_mesh_axes(axes, _rules())
+    dims = zip(spec, x.shape, strict=True)
+    spec = [PartitionSpec.UNCONSTRAINED if size % _size(mesh, axis) else axis for axis, size in dims]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose first axis is the rows of a batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_slices(mesh: Mesh) -> dict[int, int]:
+    """{process: which slice of a batch its devices hold}, of as many equal slices as there are different values.
+
+    Processes whose devices hold the same rows, as where a tensor group spans hosts, have the same slice.
+
+    Raises:
+      ValueError: the processes hold unequal shares, or shares that overlap.
+    """
+    held: dict[int, set[int]] = {}
+    for shard, devices in enumerate(mesh.devices.reshape(_size(mesh, BATCH_AXES), -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(shard)
+    shares = sorted({tuple(sorted(shards)) for shards in held.values()})
+    # Equal shares that together count every shard once cannot overlap.
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != _size(mesh, BATCH_AXES):
+        raise ValueError(
+            f"config.mesh {dict(mesh.shape)} gives the {len(held)} processes unequal or overlapping parts of a batch: "
+            "choose sizes where data * fsdp is a multiple of the number of processes."
+        )
+    return {process: shares.index(tuple(sorted(shards))) for process, shards in held.items()}
+
+
+def own_slice(mesh: Mesh) -> dict[str, int]:
+    """This process's slice of every batch, as the functions of `data.batching` take it."""
+    slices = batch_slices(mesh)
+    return {"process_index": slices[jax.process_index()], "process_count": len(set(slices.values()))}
+
+
 def check_batch_sizes(sizes: dict[str, int], mesh: Mesh) -> None:
-    """Checks that batches split evenly over the mesh.
+    """Checks that batches split evenly over the mesh and over the processes.
 
     Args:
       sizes: {field of the config: rows of its global batches}.
@@ -92,7 +240,8 @@ def check_batch_sizes(sizes: dict[str, int], mesh: Mesh) -> None:
     Raises:
       ValueError: names every field whose value does not.
     """
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    batch_slices(mesh)
+    shards = _size(mesh, BATCH_AXES)
     problems = [f"config.{field}={size}" for field, size in sizes.items() if size % shards]
     if problems:
         raise ValueError(
@@ -102,9 +251,14 @@ def check_batch_sizes(sizes: dict[str, int], mesh: Mesh) -> None:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays, split over the batch axes of the mesh."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    """This process's rows of a batch (`own_slice`) as global arrays, split over the batch axes of the mesh."""
+    sharding, slices = batch_sharding(mesh), own_slice(mesh)["process_count"]
+
+    def place(rows: np.ndarray) -> jax.Array:
+        shape = (rows.shape[0] * slices, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return {name: place(rows) for name, rows in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -115,3 +269,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every leaf on every device of the mesh."""
     return jax.device_put(tree, replicated(mesh))
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Every leaf where `shardings` says."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def create(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """The tree that `init()` returns, each array made where `shardings` says."""
+    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh))()

@@ -7,22 +7,24 @@
                                       answers on task j after training task i, with their attention weights
 
 Task numbers are task_index, counted from 0. Only process 0 of a run on several hosts writes.
-JSON has no NaN: it is written as null.
+JSON has no NaN: it is written as null. In an object store there are no TensorBoard events: their files grow.
 """
 
 import json
+import logging
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from tensorboardX import SummaryWriter
 
 from sapt_jax.data.task import Instance
+from sapt_jax.workdir import as_path, is_remote
 
 SCORES_FORMAT = 1
 _SCORES_FIELDS = tuple("format method task_order metric_per_task matrix summary seeds protocol config".split())
@@ -43,14 +45,17 @@ def to_jsonable(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     raise TypeError(f"cannot write {type(value).__name__} {value!r} as JSON")
 
 
-def write_text_atomically(path: Path, text: str) -> None:
+def write_text_atomically(path: Path | epath.Path, text: str) -> None:
     """Writes a file that is either the old one or the whole new one, whenever the run is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        path.write_text(text)
+        return
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -71,7 +76,7 @@ def write_scores(
     protocol: Mapping[str, Any],
     config: Any,
     **extra: Any,
-) -> Path:
+) -> epath.Path:
     """Writes DIR/scores.json atomically and returns its path. Call it after every task.
 
     Args:
@@ -84,7 +89,7 @@ def write_scores(
         config: the run's config, a ConfigDict or a mapping.
         extra: more fields, such as single_task_scores or reflection_targets.
     """
-    path = Path(workdir) / "scores.json"
+    path = as_path(workdir) / "scores.json"
     payload = {
         "format": SCORES_FORMAT,
         "method": method,
@@ -107,7 +112,7 @@ def read_scores(workdir: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
     """
-    path = Path(workdir) / "scores.json"
+    path = as_path(workdir) / "scores.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the --workdir of a run that has finished a task")
     try:
@@ -146,10 +151,10 @@ def read_single_task_scores(workdirs: Sequence[str], protocol: Mapping[str, Any]
     return scores
 
 
-def predictions_file(workdir: str | Path, task_order: Sequence[str], task_index: int, tested_index: int) -> Path:
+def predictions_file(workdir: str | Path, task_order: Sequence[str], task_index: int, tested_index: int) -> epath.Path:
     """Where the answers on task tested_index after training task task_index lie."""
     trained, tested = task_order[task_index], task_order[tested_index]
-    return Path(workdir) / "predictions" / f"{task_index:02d}-{trained}" / f"{tested_index:02d}-{tested}.jsonl"
+    return as_path(workdir) / "predictions" / f"{task_index:02d}-{trained}" / f"{tested_index:02d}-{tested}.jsonl"
 
 
 def write_predictions(
@@ -162,7 +167,7 @@ def write_predictions(
     predictions: Sequence[str],
     scores: Sequence[float],
     attention_weights: np.ndarray | None,
-) -> Path:
+) -> epath.Path:
     """Writes one line for each instance, in order, atomically, and returns the file.
 
     Args:
@@ -204,8 +209,10 @@ class RunLog:
 
     def __init__(self, workdir: str | Path, *, resume_from: tuple[int, int] | None):
         self._is_writer = jax.process_index() == 0
-        self._file = Path(workdir) / "metrics.jsonl"
-        self._events = Path(workdir) / "tensorboard"
+        # An object store cannot append: there the file is written anew at every `flush`.
+        self._lines: list[str] | None = [] if is_remote(workdir) else None
+        self._file = as_path(workdir) / "metrics.jsonl"
+        self._events = as_path(workdir) / "tensorboard"
         self._resume_from = resume_from
         self._writers: dict[str, SummaryWriter] = {}
         self._logged: set[tuple[int, int, str]] = set()
@@ -213,9 +220,14 @@ class RunLog:
             return
         kept = [] if resume_from is None else _records_until(self._file, resume_from)
         self._logged = {_key(record) for record in kept}
-        write_text_atomically(self._file, "".join(json.dumps(record) + "\n" for record in kept))
-        self._drop_events()
-        self._out = self._file.open("a", encoding="utf-8")
+        lines = [json.dumps(record) + "\n" for record in kept]
+        write_text_atomically(self._file, "".join(lines))
+        if self._lines is None:
+            self._drop_events()
+            self._out = self._file.open("a", encoding="utf-8")
+        else:
+            self._lines += lines
+            logging.getLogger(__name__).warning("%s: no TensorBoard events in an object store.", workdir)
 
     def log(self, kind: str, *, task_index: int, task: str, step: int, **numbers: Any) -> None:
         """Appends one record.
@@ -230,14 +242,24 @@ class RunLog:
         if not self._is_writer or _key(record) in self._logged:
             return
         self._logged.add(_key(record))
-        self._out.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        if self._lines is not None:
+            self._lines.append(line)
+            return
+        self._out.write(line)
         self._out.flush()
         writer = self._writer(task_index, task)
         for tag, value in _curves(kind, {key: record[key] for key in numbers}):
             writer.add_scalar(tag, value, step)
 
+    def flush(self) -> None:
+        """Brings what was logged into the file; before a checkpoint, so that a resumed run finds its curves."""
+        if self._is_writer and self._lines is not None:
+            write_text_atomically(self._file, "".join(self._lines))
+
     def close(self) -> None:
-        if self._is_writer:
+        self.flush()
+        if self._is_writer and self._lines is None:
             self._out.close()
         for writer in self._writers.values():
             writer.close()
@@ -263,7 +285,7 @@ class RunLog:
         last_kept = -1 if self._resume_from is None else self._resume_from[0]
         for folder in self._events.glob("*-*"):
             if int(folder.name.split("-", 1)[0]) > last_kept:
-                shutil.rmtree(folder)
+                folder.rmtree()
 
 
 def _key(record: Mapping[str, Any]) -> tuple[int, int, str]:

@@ -25,6 +25,11 @@ class TrainState:
     step: jax.Array
 
 
+def init_state(optimizer: optax.GradientTransformation, trainable: Trainable) -> TrainState:
+    """The state before a task's first step."""
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+
 @struct.dataclass
 class TaskScalars:
     """What a step needs to know of its task, each [] int32.
@@ -67,7 +72,7 @@ def make_train_step(
     schedule: Callable[[jax.Array, jax.Array], jax.Array],
     accumulation: int,
     seed: int,
-    state_sharding: jax.sharding.Sharding | None,
+    out_shardings: Any,
 ) -> Callable:
     """Builds `step(frozen, state, batch, pools, task) -> (state, metrics)`, jitted, `state` donated.
 
@@ -79,8 +84,9 @@ def make_train_step(
       pools: pseudo-samples of earlier tasks.
       task: traced, so that all tasks share one program for each batch shape.
 
-    `schedule(step, total_steps)` is the share of the peak learning rates at a step. `state_sharding` is that of the
-    state and the metrics, on a mesh: what goes into the next step has to be placed as what came into this one.
+    `schedule(step, total_steps)` is the share of the peak learning rates at a step. `out_shardings` are those of
+    (state, metrics) on a mesh, or a tree that starts theirs: what goes into the next step has to be placed as what
+    came into this one.
 
     Metrics are arrays on the device: loss, task_loss, reflection_loss, grad_norm, tokens, attention [T].
     """
@@ -139,4 +145,4 @@ def make_train_step(
         }
         return TrainState(trainable, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=1, out_shardings=state_sharding)
+    return jax.jit(step, donate_argnums=1, out_shardings=out_shardings)

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import common, paper
+from configs import ablations, common, paper
 from sapt_jax.config import check_config, flatten
 from sapt_jax.data.benchmarks import TASK_ORDERS, resolve_task_order
 from sapt_jax.learner import make_method
@@ -125,6 +125,22 @@ def test_argument_reaches_the_config_from_the_command_line(monkeypatch):
     assert holder.value.task_order == "superni_748"
     assert holder.value.model.path == paper.T5_FOLDERS["xxl"]
     assert holder.value.pet.rank == 2
+
+
+@pytest.mark.parametrize("name", ablations.ABLATIONS)
+def test_an_ablation_is_a_delta(name):
+    whole = flatten(importlib.import_module("configs.demo").get_config())
+    config = ablations.get_config(f"name={name},of=demo")
+    check_config(config)
+    delta = {field: value for field, value in flatten(config).items() if value != whole[field]}
+    # The demo has a warm start already.
+    assert delta == {k: v for k, v in ablations.ABLATIONS[name].items() if k != "attention.warm_start_steps"}
+    assert make_method(config) != make_method(importlib.import_module("configs.demo").get_config())
+
+
+def test_an_unknown_ablation_is_an_error():
+    with pytest.raises(ValueError, match="name='without_luck' is unknown; choose without_arm, "):
+        ablations.get_config("name=without_luck")
 
 
 @pytest.mark.parametrize("name", PAPER)

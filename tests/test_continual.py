@@ -132,6 +132,19 @@ def test_a_finished_run_takes_more_tasks(finished, data_dir, tmp_path):
         continual.run(tiny_config(data_dir, task_order="first,shout"), workdir)
 
 
+def test_prompts_share_the_loop(data_dir, tmp_path):
+    overrides = {"pet.kind": "prompt", "pet.prompt_length": 5, "train.epochs": 1, "task_order": "shout,mirror"}
+    scores = continual.run(tiny_config(data_dir, **overrides), tmp_path)
+    assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(2)]).all()
+    # Buckets count the source's own tokens; with the prompt they are multiples.
+    assert all((source + 5) % 16 == 0 for source, _ in scores["buckets"])
+    first, last = committed(tmp_path).values()
+    name = "['bank']['prompt']"
+    assert first[name].shape == (2, 5, 32)
+    np.testing.assert_array_equal(first[name][0], last[name][0])
+    assert np.any(last[name][1]) and not np.any(first[name][1])
+
+
 def test_a_withdrawn_task_takes_no_part(finished, data_dir):
     workdir, _ = finished
     before = predictions(workdir)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from sapt_jax.decoding import greedy, make_generate
+from sapt_jax.decoding import draw, extend_until_end, make_generate, make_sample, most_likely
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.variants import LLAMA_VARIANTS
 from sapt_jax.state import Trainable, init_frozen
@@ -32,7 +33,8 @@ class Script:
 
     def decode(self, done, pad_id=PAD):
         start = jnp.zeros((), jnp.int32)
-        return greedy(self.decode_step, self.logits[0], start, jnp.asarray(done), self.tokens.shape[1], EOS, pad_id)
+        ends = (self.tokens.shape[1], EOS, pad_id)
+        return extend_until_end(self.decode_step, most_likely, self.logits[0], start, jnp.asarray(done), *ends)
 
 
 @pytest.fixture
@@ -120,3 +122,54 @@ def test_generate_equals_a_full_forward_pass_for_every_token(learner):
     np.testing.assert_array_equal(tokens[:3], jnp.argmax(forced, axis=-1)[:3])
     assert (tokens[3] == PAD).all()
     assert len(np.unique(tokens[:3])) > 3
+
+
+def frequencies(seed, logits, draws=4000, **settings):
+    rows = jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1))
+    drawn = jax.jit(lambda rng: draw(rng, rows, **settings))(jax.random.key(seed))
+    return np.bincount(drawn, minlength=len(logits)) / draws
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        {"temperature": 0.5, "top_k": 4, "top_p": 1.0},
+        {"temperature": 1.3, "top_k": 0, "top_p": 0.7},
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.8},
+    ],
+)
+def test_draws_follow_the_distribution_of_transformers(settings):
+    """Its temperature, top-k and top-p warpers, in that order. Within 4 standard errors of 4,000 draws."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = np.random.default_rng(4).normal(0, 1.5, 9)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(settings["temperature"])])
+    if settings["top_k"]:
+        warpers.append(TopKLogitsWarper(settings["top_k"]))
+    if settings["top_p"] < 1:
+        warpers.append(TopPLogitsWarper(settings["top_p"]))
+    expected = torch.softmax(warpers(None, torch.tensor(logits)[None]), dim=-1)[0].numpy()
+    found = frequencies(5, logits, **settings)
+    assert ((found > 0) == (expected > 0)).all()
+    assert (np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / 4000)).all()
+
+
+def test_samples_depend_on_the_key_alone_and_differ_between_equal_sources(learner):
+    model, method, frozen, trainable = learner
+    source = np.tile(np.array([[3, 4, 5, 6]], np.int32), (4, 1))
+    mask = np.array([[True] * 4] * 3 + [[False] * 4])
+    sample = make_sample(model, method, 8, EOS, PAD, 1.0, 0, 1.0)
+    arguments = (frozen, trainable, source, mask, np.int32(2))
+    first, again, other = (np.array(sample(*arguments, jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first[3] == PAD).all() and len({tuple(row) for row in first[:3]}) == 3
+    assert not np.array_equal(first, other)
+
+
+def test_sampling_one_token_alone_is_greedy(learner):
+    model, method, frozen, trainable = learner
+    source = np.random.default_rng(6).integers(2, 31, (3, 5)).astype(np.int32)
+    arguments = (frozen, trainable, source, np.ones((3, 5), bool), np.int32(2))
+    sampled = make_sample(model, method, 6, -1, PAD, 1.0, 1, 1.0)(*arguments, jax.random.key(0))
+    np.testing.assert_array_equal(sampled, make_generate(model, method, 6, -1, PAD, 1, 0.0)(*arguments)[0])

@@ -13,7 +13,7 @@ from llama_reference import KINDS, VOCAB, make_batch, make_reference, reference_
 
 from sapt_jax import pet
 from sapt_jax.convert.loading import load_pretrained, read_model_config
-from sapt_jax.decoding import greedy
+from sapt_jax.decoding import extend_until_end, most_likely
 from sapt_jax.losses import token_cross_entropy
 from sapt_jax.models.llama import ACTIVATIONS, Llama
 from sapt_jax.models.variants import LLAMA_VARIANTS, LlamaConfig, llama_config_from_hf
@@ -129,7 +129,7 @@ def test_greedy_tokens_match_transformers(kind, tmp_path):
         logits, cache = apply(source, source_mask, 20, method="prefill")
         done = jnp.zeros(source.shape[0], bool)
         step = functools.partial(apply, method="decode_step")
-        return greedy(step, logits, cache, done, 20, eos_id=-1, pad_id=0)
+        return extend_until_end(step, most_likely, logits, cache, done, 20, eos_id=-1, pad_id=0)
 
     got = generate(params, batch["source"], batch["source_mask"])
     want = reference_tokens(reference, batch, 20)

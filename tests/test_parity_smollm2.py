@@ -10,7 +10,7 @@ import pytest
 from sapt_jax.convert.loading import load_pretrained, read_model_config
 from sapt_jax.convert.locate import resolve_path
 from sapt_jax.data.tokenizers import load_tokenizer
-from sapt_jax.decoding import greedy
+from sapt_jax.decoding import extend_until_end, most_likely
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.variants import LLAMA_VARIANTS, llama_config_from_hf
 
@@ -167,7 +167,8 @@ def test_greedy_answers_are_the_same(ours, theirs, tokenizer):
 
         done = jnp.zeros(len(source), bool)
         # No end token: the models are to agree on every token, beyond the first end too.
-        return greedy(decode_step, logits, cache, done, NEW_TOKENS, eos_id=-1, pad_id=tokenizer.pad_id)
+        ends = (NEW_TOKENS, -1, tokenizer.pad_id)
+        return extend_until_end(decode_step, most_likely, logits, cache, done, *ends)
 
     answers = np.asarray(generate(params, source, mask)).tolist()
     for prompt, row, answer in zip(PROMPTS, rows, answers, strict=True):

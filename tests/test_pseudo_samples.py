@@ -55,8 +55,9 @@ def test_train_samples_a_share_with_a_minimum(size, expected):
 def test_none_and_errors(tmp_path):
     task = random_task(np.random.default_rng(43), "t")
     assert load(task, source="none") is None
+    assert load(task, source="generate") is None
     with pytest.raises(ValueError, match="pseudo_samples.source must be one of"):
-        load(task, source="generate")
+        load(task, source="elsewhere")
     with pytest.raises(ValueError, match="set config.pseudo_samples.dir"):
         load(task, source="files")
     with pytest.raises(FileNotFoundError, match="t/train.json: there are no pseudo-samples of t"):

@@ -48,6 +48,34 @@ def test_without_steps_there_is_no_warm_start():
     assert method.warm_start(jax.random.key(2), frozen, second, new, pools, 1) is second
 
 
+def test_weights_of_the_ablations():
+    method, frozen, second, _, old, _ = two_tasks(3)
+    frozen = frozen.replace(enabled=jnp.asarray([True, True, True]))
+    attention = np.exp(method.log_weights(frozen, second, old, 1))
+    np.testing.assert_allclose(method.learning_weights(frozen, second, old, 1), attention, rtol=1e-5)
+    np.testing.assert_allclose(method.selection_weights(frozen, second, old, 1), attention, rtol=1e-5)
+    assert 0 < attention[:, 1].min() and (attention[:, 2] == 0).all()
+    for kind, expected in (("own", [0, 1, 0]), ("mean", [0.5, 0.5, 0])):
+        found = tiny_method(learning=kind).learning_weights(frozen, second, old, 1)
+        np.testing.assert_array_equal(found, np.tile(np.array(expected, np.float32), (len(old), 1)))
+    alone = tiny_method(selection="mean").selection_weights(
+        frozen.replace(enabled=jnp.asarray([False, True, True])), second, old, 1
+    )
+    np.testing.assert_array_equal(alone[0], [0, 1, 0])
+
+
+def test_learning_alone_moves_no_attention_through_the_weights():
+    method, frozen, second, _, old, _ = two_tasks(4, learning="own")
+
+    def total(trainable):
+        return jnp.sum(method.learning_weights(frozen, trainable, old, 1)[:, 1])
+
+    gradient = jax.grad(total)(second)
+    assert not any(np.any(x) for x in jax.tree.leaves((gradient.key, gradient.query_projection)))
+    gradient = jax.grad(lambda t: jnp.sum(tiny_method().learning_weights(frozen, t, old, 1)[:, 1]))(second)
+    assert np.any(gradient.key)
+
+
 def test_what_was_recorded_on_a_withdrawn_slot_goes_to_the_others():
     method, frozen, second, pools, old, new = two_tasks(2)
     targets = frozen.targets.at[1].set(jnp.asarray([0.25, 0.5, 0.25]))

@@ -15,7 +15,7 @@ from sapt_jax.data.prompts import EncodingRules, Tokenizer
 from sapt_jax.data.task import Instance, Task, read_json
 from sapt_jax.data.task_files import definition_of, instances_of, task_rng
 
-PSEUDO_SOURCES = ("files", "train", "none")
+PSEUDO_SOURCES = ("generate", "files", "train", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,14 @@ def read_pseudo_samples(folder: Path, task_name: str) -> PseudoSamples:
     return PseudoSamples(definition_of(data, file), instances)
 
 
+def pool_size(rows: int, share: float, minimum: int) -> int:
+    """Pseudo-samples of a task with `rows` training rows: round-down(share * rows), but at least `minimum` (or all)."""
+    return min(rows, max(minimum, math.floor(share * rows)))
+
+
 def sample_train_inputs(task: Task, *, share: float, minimum: int, seed: int) -> PseudoSamples:
-    """Takes round-down(share * n) training instances of the task, seeded, but at least `minimum` (or all n)."""
-    size = min(len(task.train), max(minimum, math.floor(share * len(task.train))))
+    """Takes `pool_size` training instances of the task, seeded."""
+    size = pool_size(len(task.train), share, minimum)
     chosen = np.sort(task_rng(seed, task.name, "pseudo").choice(len(task.train), size, replace=False))
     return PseudoSamples(task.definition, tuple(task.train[i] for i in chosen))
 
@@ -62,7 +67,7 @@ def sample_train_inputs(task: Task, *, share: float, minimum: int, seed: int) ->
 def load_pseudo_samples(
     task: Task, *, source: str, folder: Path | None, share: float, minimum: int, seed: int
 ) -> PseudoSamples | None:
-    """Returns the task's pool, or None for source "none".
+    """Returns the task's pool, or None for the sources "none" and "generate" (written only after the task).
 
     Args:
       source: "files" reads `folder` (`{pseudo_dir}/{benchmark folder}`); "train" samples real training
@@ -71,7 +76,7 @@ def load_pseudo_samples(
     """
     if source not in PSEUDO_SOURCES:
         raise ValueError(f"pseudo_samples.source must be one of {PSEUDO_SOURCES}, not {source!r}.")
-    if source == "none":
+    if source in ("none", "generate"):
         return None
     if source == "train":
         return sample_train_inputs(task, share=share, minimum=minimum, seed=seed)

@@ -48,6 +48,12 @@ class Stream:
     def names(self) -> tuple[str, ...]:
         return tuple(task.name for task in self.tasks)
 
+    def with_pseudo(self, task_index: int, pseudo: EncodedSplit) -> "Stream":
+        """The stream with this pool of pseudo-samples for one of its tasks."""
+        tasks = list(self.tasks)
+        tasks[task_index] = dataclasses.replace(tasks[task_index], pseudo=pseudo)
+        return dataclasses.replace(self, tasks=tuple(tasks))
+
     def truncated(self) -> dict[str, tuple[int, int]]:
         """Of every task: how many prompts and how many answers were cut to the limits, over all splits."""
         counts = {}

@@ -135,6 +135,8 @@ class Sapt:
     ) -> tuple[jax.Array, dict[str, Any]]:
         """kl_ratio * sum over earlier tasks of KL(recorded attention || current), over drawn pseudo-samples."""
         capacity, size = pools.pooled.shape[:2]
+        if not self.uses_pseudo_samples:
+            return jnp.zeros(()), {"reflection_loss": jnp.zeros(()), "reflection_by_task": jnp.zeros((capacity,))}
         drawn = jax.random.randint(rng, (capacity, self.reflection_batch), 0, jnp.maximum(pools.counts, 1)[:, None])
         pooled = jnp.take_along_axis(pools.pooled, jnp.minimum(drawn, size - 1)[..., None], axis=1)
         valid = jnp.broadcast_to((pools.counts > 0)[:, None], drawn.shape)

@@ -8,6 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sapt_jax.partitioning import constrain
+
+# Logical axes of activations.
+STATES = ("batch", "length", "act_embed")
+QUERY = ("batch", "length", "heads", "head_dim")
+KEY_VALUE = ("batch", "length", "kv_heads", "head_dim")
+CACHE = ("layers", *KEY_VALUE)
+LOGITS = ("batch", "length", "vocab")
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
@@ -94,11 +103,11 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids [B, L] -> [B, L, D] in `dtype`."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return constrain(jnp.take(self.embedding, ids, axis=0).astype(self.dtype), *STATES)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> logits [B, L, V] in float32."""
-        return matmul(x, self.embedding.T, self.dtype, jnp.float32)
+        return constrain(matmul(x, self.embedding.T, self.dtype, jnp.float32), *LOGITS)
 
 
 class LogitsDense(nn.Module):
@@ -111,7 +120,7 @@ class LogitsDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
         kernel = self.param("kernel", init, (x.shape[-1], self.vocab_size), jnp.float32)
-        return matmul(x, kernel, self.dtype, jnp.float32)
+        return constrain(matmul(x, kernel, self.dtype, jnp.float32), *LOGITS)
 
 
 class GatedMlp(nn.Module):
@@ -125,7 +134,7 @@ class GatedMlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_0")(x)
         up = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_1")(x)
-        hidden = nn.with_logical_constraint(self.activation(gate) * up, ("batch", "length", "mlp"))
+        hidden = constrain(self.activation(gate) * up, "batch", "length", "mlp")
         return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
@@ -139,7 +148,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = self.activation(Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi")(x))
-        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+        hidden = constrain(hidden, "batch", "length", "mlp")
         return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
@@ -170,13 +179,13 @@ class Attention(nn.Module):
     def project_query(self, x: jax.Array, blocks: Any, pet: Any) -> jax.Array:
         """x [B, L, D] -> [B, L, N, H]."""
         y = self.query(x, None if blocks is None else blocks["query"], pet)
-        return y.reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        return constrain(y.reshape(*x.shape[:2], self.num_heads, self.head_dim), *QUERY)
 
     def project_key_value(self, x: jax.Array, blocks: Any, pet: Any) -> tuple[jax.Array, jax.Array]:
         """x [B, S, D] -> keys and values, each [B, S, K, H]."""
         shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
         value = self.value(x, None if blocks is None else blocks["value"], pet)
-        return self.key(x).reshape(shape), value.reshape(shape)
+        return constrain(self.key(x).reshape(shape), *KEY_VALUE), constrain(value.reshape(shape), *KEY_VALUE)
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None

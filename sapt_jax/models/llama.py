@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, scan_layers
+from sapt_jax.models.layers import CACHE, STATES, Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, scan_layers
 from sapt_jax.models.rope import rotate, rotations
 from sapt_jax.models.variants import LlamaConfig
+from sapt_jax.partitioning import constrain
 from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
 
 ACTIVATIONS = {
@@ -90,7 +91,7 @@ class Block(nn.Module):
             all_values = jax.lax.dynamic_index_in_dim(cached_value, layer, keepdims=False)
         x = x + self.self_attention.attend(query, all_keys, all_values, mask)
         x = x + self.mlp(self.pre_mlp_layer_norm(x))
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        x = constrain(x, *STATES)
         return (x, cached_key, cached_value, layer + 1), (key, value)
 
 
@@ -187,8 +188,8 @@ class Llama(nn.Module):
         states, (key, value), _ = self.decoder(x, positions_of(valid), causal_mask(valid), pet)
         room = ((0, 0), (0, 0), (0, new_tokens), (0, 0), (0, 0))
         cache = Cache(
-            key=jnp.pad(key, room),
-            value=jnp.pad(value, room),
+            key=constrain(jnp.pad(key, room), *CACHE),
+            value=constrain(jnp.pad(value, room), *CACHE),
             mask=jnp.pad(valid, ((0, 0), (0, new_tokens))),
             position=valid.sum(axis=1),
             column=jnp.asarray(valid.shape[1], jnp.int32),

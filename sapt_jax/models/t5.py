@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, scan_layers
+from sapt_jax.models.layers import CACHE, STATES, Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, scan_layers
 from sapt_jax.models.variants import T5Config
+from sapt_jax.partitioning import constrain
 from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
 
 START_ID = 0
@@ -133,7 +134,7 @@ class EncoderBlock(nn.Module):
         key, value = self.attention.project_key_value(h, blocks, pet)
         x = x + self.attention.attend(query, key, value, mask, bias)
         x = x + self.mlp(self.pre_mlp_layer_norm(x))
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+        return constrain(x, *STATES), None
 
 
 class DecoderBlock(nn.Module):
@@ -195,7 +196,7 @@ class DecoderBlock(nn.Module):
         x = x + self.encoder_decoder_attention.attend(query, *cross, source_mask)
 
         x = x + self.mlp(self.pre_mlp_layer_norm(x))
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        x = constrain(x, *STATES)
         return (x, cached_key, cached_value, layer + 1), projected
 
 
@@ -353,10 +354,11 @@ class T5(nn.Module):
         encoded = self.encoder(x, source_mask, pet)
         start = self.embed(jnp.full((source.shape[0], 1), START_ID, source.dtype))
         shape = (c.num_decoder_layers, source.shape[0], new_tokens + 1, c.num_heads, c.head_dim)
-        empty = jnp.zeros(shape, self.dtype)
+        empty = constrain(jnp.zeros(shape, self.dtype), *CACHE)
         states, (key, value), (cross_key, cross_value) = self.decoder(
             start, encoded, source_mask, pet, cached=(empty, empty), write=jnp.zeros((), jnp.int32)
         )
+        cross_key, cross_value = constrain(cross_key, *CACHE), constrain(cross_value, *CACHE)
         cache = Cache(key, value, cross_key, cross_value, source_mask, jnp.ones((), jnp.int32))
         return self.logits(states)[:, 0], cache
 
