@@ -16,6 +16,8 @@ def get_config():
     c.model.dtype = "float32"
     c.model.param_dtype = "float32"
     c.pseudo_samples.dir = "lora_gen_superni_llama"
+    # As many as 2% of the whole training sets: a few samples alone do not hold the attention of a soft prompt's task.
+    c.pseudo_samples.minimum = 20
     # For pseudo_samples.source=generate; three minutes for each task.
     c.pseudo_samples.generator.learning_rate = 2e-3
     c.pseudo_samples.generator.steps = 60

@@ -117,14 +117,10 @@ def abstract_params(model: nn.Module, mesh: Mesh, dtype: Any) -> Any:
     Raises:
       ValueError: names every parameter that has a logical axis without a rule, or a size that the mesh does not divide.
     """
-    example = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((1, 2), np.bool_)
-
-    def init(rng, *batch):
-        return model.init(rng, *batch)["params"]
-
-    arguments = (jax.random.key(0), *example, *example)
-    specs = nn.get_partition_spec(jax.eval_shape(init, *arguments))
-    shapes = jax.eval_shape(lambda *batch: nn.meta.unbox(init(*batch)), *arguments)
+    ids, mask = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((1, 2), np.bool_)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), ids, mask, ids, mask)["params"]
+    specs = nn.get_partition_spec(boxed)
+    shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
     axes = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     named = [(jax.tree_util.keystr(path), x.shape, spec) for (path, x), spec in zip(leaves, axes, strict=True)]

@@ -103,7 +103,9 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids [B, L] -> [B, L, D] in `dtype`."""
-        return constrain(jnp.take(self.embedding, ids, axis=0).astype(self.dtype), *STATES)
+        # Rows that are split would come out of the look-up split, and have to be whole again for every token.
+        table = constrain(self.embedding, "vocab", "act_embed")
+        return constrain(jnp.take(table, ids, axis=0).astype(self.dtype), *STATES)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> logits [B, L, V] in float32."""
