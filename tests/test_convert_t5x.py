@@ -13,7 +13,7 @@ import tensorstore
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sapt_jax.convert import t5x, to_t5x
+from sapt_jax.convert import t5x
 from sapt_jax.convert.loading import load_pretrained, read_model_config
 from sapt_jax.models.t5 import T5
 from sapt_jax.models.variants import t5_config_from_hf
@@ -217,15 +217,6 @@ def test_written_checkpoint_has_t5x_layout(tmp_path):
     np.testing.assert_array_equal(stored, params["decoder/layers/encoder_decoder_attention/value/kernel"][2])
     norm = target["encoder"]["layers_1"]["pre_mlp_layer_norm"]["scale"]
     np.testing.assert_array_equal(norm, params["encoder/layers/pre_mlp_layer_norm/scale"][1])
-
-
-def test_command_converts_either_layout(tmp_path):
-    params = make_params(seed=17)
-    source, folder = write(tmp_path / "scanned", scanned(params)), tmp_path / "checkpoint_0"
-    to_t5x.main([str(source), str(folder)])
-    assert_loads_as(folder, params)
-    with pytest.raises(SystemExit, match=f"error: {folder} exists"):
-        to_t5x.main([str(source), str(folder)])
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):

@@ -15,6 +15,7 @@ from sapt_jax.convert.rules import Index
 # What llama.cpp's converter took to write rope_freqs.weight, in every Llama 3.1, 3.2 and 3.3 (the factor
 # differs).
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_VALUES_AT_ONCE = 2**20
 
 
 def open_gguf(file: Path) -> gguf.GGUFReader:
@@ -49,6 +50,7 @@ class GGUFSource:
         rows = index[0]
         # Shards along the other axes ask for the same rows one after another.
         if self._last is None or self._last[0] != name or not np.array_equal(self._last[1], rows):
+            self._last = None  # the old one goes before the new one comes
             self._last = (name, rows, self._dequantise(name, rows))
         return self._last[2][(slice(None), *index[1:])]
 
@@ -59,7 +61,14 @@ class GGUFSource:
         try:
             if tensor.data.ndim == 1:  # its one axis counts bytes
                 return gguf.quants.dequantize(tensor.data, tensor.tensor_type)[rows]
-            return gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
+            quantised = tensor.data[rows]
+            out = np.empty((len(quantised), *tensor.shape[-2::-1]), np.float32)
+            # The gguf package needs twice the memory of what it is given.
+            step = max(1, _VALUES_AT_ONCE // int(np.prod(out.shape[1:])))
+            for start in range(0, len(out), step):
+                block = slice(start, start + step)
+                out[block] = gguf.quants.dequantize(quantised[block], tensor.tensor_type)
+            return out
         except NotImplementedError as error:
             raise ValueError(
                 f"{self.label}: tensor {name} is of type {tensor.tensor_type.name}, which the gguf package "

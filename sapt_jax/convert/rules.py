@@ -6,7 +6,7 @@ what is missing, unused or of the wrong shape is reported together, before a sin
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.traverse_util
@@ -96,12 +96,10 @@ class Rule:
         return part if self.axes is None else part.transpose(self.axes)
 
     def to_foreign(self, array: np.ndarray) -> np.ndarray:
-        """Turns (a layer of) our whole parameter into the foreign tensor, contiguous in memory."""
+        """Turns (a layer of) our whole parameter into the foreign tensor, a view where the order is kept."""
         if self.axes is not None:
             array = array.transpose(np.argsort(self.axes))
-        if self.order is not None:
-            array = array[np.argsort(self.order)]
-        return np.ascontiguousarray(array)
+        return array if self.order is None else array[np.argsort(self.order)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +117,37 @@ class Table:
 
     def by_path(self) -> dict[str, Rule]:
         return {rule.path: rule for rule in self.rules}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parameter:
+    """One of our parameters as a source stores it, not yet read.
+
+    Attributes:
+      source: the foreign tensors.
+      rule: how the parameter is stored there.
+      shape: ours.
+      dtype: what its values are to become; `read` leaves them as they are stored.
+    """
+
+    source: Source
+    rule: Rule
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def places(self) -> list[tuple[int, ...]]:
+        """Where each foreign tensor that makes it up belongs: (layer,) of each layer, or () once."""
+        return [(layer,) for layer in range(self.shape[0])] if self.rule.stacked else [()]
+
+    def read(self, place: tuple[int, ...]) -> np.ndarray:
+        """Reads what belongs at a place, whole and in our layout, in the dtype that it is stored in."""
+        name = self.rule.names(self.shape)[place[0] if place else 0]
+        return _read(self.source, self.rule, name, [(0, size) for size in self.shape[len(place) :]])
 
 
 def check(source: Source, table: Table, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -161,11 +190,35 @@ def check(source: Source, table: Table, shapes: Mapping[str, Sequence[int]]) -> 
         )
 
 
+def identity(names: Iterable[str]) -> Table:
+    """Returns the table of a source that keeps our parameters as they are, under our paths."""
+    return Table(tuple(Rule(name, name) for name in names))
+
+
+def open_parameters(source: Source, table: Table, target: Mapping[str, Any]) -> dict[str, Parameter]:
+    """Finds every parameter of a tree in a source, by its path; nothing is read.
+
+    Args:
+      source: the foreign tensors.
+      table: their rules.
+      target: the wanted tree, of leaves with a shape and the wanted dtype.
+
+    Raises:
+      ValueError: from `check`.
+    """
+    leaves = flax.traverse_util.flatten_dict(target, sep="/")
+    check(source, table, {path: leaf.shape for path, leaf in leaves.items()})
+    rules = table.by_path()
+    return {
+        path: Parameter(source, rules[path], tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()
+    }
+
+
 def load(source: Source, table: Table, target: Mapping[str, Any]) -> dict[str, Any]:
     """Reads a parameter tree from foreign tensors, one parameter at a time.
 
-    Each process reads only the parts that its devices hold, so host memory holds one parameter beside what is
-    already on the devices.
+    Each process reads only the parts that its devices hold, and waits until they are there, so host memory
+    holds one parameter beside what is already on the devices.
 
     Args:
       source: the foreign tensors.
@@ -179,10 +232,12 @@ def load(source: Source, table: Table, target: Mapping[str, Any]) -> dict[str, A
     Raises:
       ValueError: from `check`.
     """
+    parameters = open_parameters(source, table, target)
     leaves = flax.traverse_util.flatten_dict(target, sep="/")
-    check(source, table, {path: leaf.shape for path, leaf in leaves.items()})
-    rules = table.by_path()
-    arrays = {path: _load_leaf(source, rules[path], leaf) for path, leaf in leaves.items()}
+    arrays = {
+        path: jax.block_until_ready(_load(parameter, getattr(leaves[path], "sharding", None)))
+        for path, parameter in parameters.items()
+    }
     return flax.traverse_util.unflatten_dict(arrays, sep="/")
 
 
@@ -194,41 +249,58 @@ def to_foreign(params: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]
       table: the rules.
 
     Returns:
-      numpy arrays by foreign name, in our dtypes.
+      numpy arrays by foreign name, contiguous in memory and in our dtypes.
 
     Raises:
       ValueError: lists the parameters that the table has no rule for.
     """
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    tensors = foreign_tensors(flax.traverse_util.flatten_dict(params, sep="/"), table)
+    return {name: np.ascontiguousarray(array) for name, array, _ in tensors}
+
+
+def foreign_tensors(params: Mapping[str, Any], table: Table) -> Iterator[tuple[str, np.ndarray, np.dtype]]:
+    """Writes a parameter tree as foreign tensors, one after another, of which one is in memory.
+
+    Args:
+      params: arrays or `Parameter`s, by path.
+      table: the rules.
+
+    Yields:
+      The foreign name, the tensor as it is stored, and the dtype that its values are to become.
+
+    Raises:
+      ValueError: lists the parameters that the table has no rule for.
+    """
     rules = table.by_path()
-    if unknown := sorted(set(leaves) - set(rules)):
+    if unknown := sorted(set(params) - set(rules)):
         raise ValueError(f"this format has no tensor for: {', '.join(unknown)}")
-    foreign = {}
-    for path, leaf in leaves.items():
-        array = np.asarray(leaf)
-        layers: Iterable[np.ndarray] = array if rules[path].stacked else [array]
-        for name, layer in zip(rules[path].names(array.shape), layers, strict=True):
-            foreign[name] = rules[path].to_foreign(layer)
-    return foreign
+    for path, leaf in params.items():
+        rule, names = rules[path], rules[path].names(leaf.shape)
+        for place in leaf.places if isinstance(leaf, Parameter) else [()]:
+            piece = leaf.read(place) if isinstance(leaf, Parameter) else np.asarray(leaf)
+            stack = rule.stacked and not place
+            for layer, array in enumerate(piece) if stack else [(place[0] if place else 0, piece)]:
+                yield names[layer], rule.to_foreign(array), np.dtype(leaf.dtype)
+            del piece, array  # before the next is read
 
 
-def _load_leaf(source: Source, rule: Rule, leaf: Any) -> jax.Array:
-    sharding = getattr(leaf, "sharding", None)
-    whole = tuple(slice(None) for _ in leaf.shape)
-    indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(leaf.shape).values()
-    bounds = {_bounds(index, leaf.shape) for index in indices}
-    shards = {bound: np.empty([stop - start for start, stop in bound], leaf.dtype) for bound in bounds}
+def _load(parameter: Parameter, sharding: Any) -> jax.Array:
+    source, rule, shape = parameter.source, parameter.rule, parameter.shape
+    whole = tuple(slice(None) for _ in shape)
+    indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
+    bounds = {_bounds(index, shape) for index in indices}
+    shards = {bound: np.empty([stop - start for start, stop in bound], parameter.dtype) for bound in bounds}
     # Layers outside, shards inside: a source that must decode a whole tensor to read a part decodes each
     # once.
-    for layer, name in enumerate(rule.names(leaf.shape)):
+    for layer, name in enumerate(rule.names(shape)):
         for bound, shard in shards.items():
             if not rule.stacked:
                 shard[...] = _read(source, rule, name, bound)
             elif bound[0][0] <= layer < bound[0][1]:
                 shard[layer - bound[0][0]] = _read(source, rule, name, bound[1:])
     if sharding is None:
-        return jnp.asarray(shards[_bounds(whole, leaf.shape)])
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shards[_bounds(index, leaf.shape)])
+        return jnp.asarray(shards[_bounds(whole, shape)])
+    return jax.make_array_from_callback(shape, sharding, lambda index: shards[_bounds(index, shape)])
 
 
 def _bounds(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -7,10 +7,8 @@ Format: https://github.com/google-research/t5x/blob/main/t5x/checkpoints.py
 """
 
 import dataclasses
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,13 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
-from sapt_jax.convert import rules, t5
+from sapt_jax.convert import rules, t5, zarr
+from sapt_jax.convert.new_folder import new_folder
 from sapt_jax.convert.rules import ArraySource
 
 INDEX = "checkpoint"
 _VERSION = 3
+_CHUNK_BYTES = 2**26
 _STACKED = re.compile(r"(?P<stack>encoder|decoder)/(?:layers|encoder|decoder)/(?P<rest>.+)")
 _BIAS = "relpos_bias/rel_embedding"
 
@@ -50,7 +50,7 @@ class StoredArray:
         return shape if axis is None else (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        part = np.asarray(self.array[index] if self.heads_axis is None else self._read_heads(index))
+        part = _read(self.array[index]) if self.heads_axis is None else self._read_heads(index)
         return part.view(ml_dtypes.bfloat16) if self.as_bfloat16 else part
 
     def _read_heads(self, index: tuple[slice, ...]) -> np.ndarray:
@@ -58,10 +58,14 @@ class StoredArray:
         start, stop, _ = index[axis].indices(self.shape[axis])
         width = self.array.shape[axis + 1]
         heads = slice(start // width, -(-stop // width))
-        part = np.asarray(self.array[(*index[:axis], heads, slice(None), *index[axis + 1 :])])
+        part = _read(self.array[(*index[:axis], heads, slice(None), *index[axis + 1 :])])
         part = part.reshape(*part.shape[:axis], -1, *part.shape[axis + 2 :])
         wanted = slice(start - heads.start * width, stop - heads.start * width)
         return part[(*(slice(None),) * axis, wanted)]
+
+
+def _read(array: Any) -> np.ndarray:
+    return zarr.read(array) if isinstance(array, tensorstore.TensorStore) else np.asarray(array)
 
 
 def open_checkpoint(path: Path) -> ArraySource:
@@ -143,62 +147,46 @@ def read_config(path: Path) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(params: Mapping[str, Any], folder: Path) -> None:
+def write_checkpoint(
+    params: Mapping[str, Any], folder: Path, advance: Callable[[int], None] = lambda nbytes: None
+) -> None:
     """Writes our base parameter tree as a T5X checkpoint with separate layers and without optimizer state.
 
     Matrices are Zarr arrays of their own, vectors and position biases lie in the index, as T5X does it. The
     folder appears only when it is complete.
 
     Args:
-      params: the tree of a `T5`, each array fully addressable by this process.
+      params: the tree of a `T5`, of arrays fully addressable by this process or of `rules.Parameter`s.
       folder: to be created, usually `checkpoint_{step}`; the step is read from its name and is 0 without one.
+      advance: is told how many bytes were written, again and again.
 
     Raises:
       FileExistsError: the folder exists.
       ValueError: the tree has parameters that T5 has not.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another folder or remove it")
-    bias = np.asarray(params["encoder"]["relpos_bias"]["rel_embedding"])
-    arrays = rules.to_foreign(params, t5.t5x_table({"model_type": "umt5" if bias.ndim == 3 else "t5"}))
-    unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        leaves, writes = {}, []
-        for name, array in arrays.items():
-            leaves[name] = array
+    bias = params["encoder"]["relpos_bias"]["rel_embedding"]
+    table = t5.t5x_table({"model_type": "umt5" if len(bias.shape) == 3 else "t5"})
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    with new_folder(folder) as unfinished:
+        leaves = {}
+        for name, array, dtype in rules.foreign_tensors(flat, table):
             if array.ndim == 2 and not name.endswith(_BIAS):
-                leaves[name], write = _write_array(unfinished, f"target.{name.replace('/', '.')}", array)
-                writes.append(write)
-        for write in writes:
-            write.result()
+                place = f"target.{name.replace('/', '.')}"
+                # Chunks of at most 64 MiB, as T5X makes them, keep each process's reads small.
+                rows = max(1, min(array.shape[0], _CHUNK_BYTES // max(1, array.shape[1] * dtype.itemsize)))
+                described = zarr.metadata(array.shape, (rows, array.shape[1]), dtype, "gzip")
+                zarr.write(zarr.create(unfinished / place, described), array, advance)
+                kept = {"driver": "file", "path": place}
+                leaves[name] = {"driver": "zarr", "kvstore": kept, "metadata": described}
+            else:
+                leaves[name] = np.array(array, dtype)
+                advance(leaves[name].nbytes)
+            del array  # before the next is read
         step = re.search(r"(\d+)$", folder.name)
         state = {"step": np.int32(step[1] if step else 0), "param_states": {}}
         target = flax.traverse_util.unflatten_dict(leaves, sep="/")
         index = {"version": _VERSION, "optimizer": {"target": target, "state": state}}
         (unfinished / INDEX).write_bytes(flax.serialization.msgpack_serialize(index))
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _write_array(folder: Path, name: str, array: np.ndarray) -> tuple[dict[str, Any], tensorstore.Future]:
-    zarr_dtype = "bfloat16" if array.dtype == ml_dtypes.bfloat16 else array.dtype.str
-    # Chunks of at most 64 MiB, as T5X makes them, keep each process's reads small.
-    rows = max(1, min(array.shape[0], 2**26 // max(1, array[0].nbytes)))
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": name},
-        "metadata": {
-            "shape": list(array.shape),
-            "chunks": [rows, array.shape[1]],
-            "dtype": zarr_dtype,
-            "compressor": {"id": "gzip", "level": 1},
-        },
-    }
-    here = {**spec, "kvstore": {"driver": "file", "path": str(folder / name)}}
-    return spec, tensorstore.open(here, create=True).result().write(array)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -210,22 +198,16 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _open_arrays(folder: Path, leaves: dict[str, Any]) -> dict[str, Any]:
-    opened, absent, context = {}, [], tensorstore.Context()
+    folders = {}
     for name, leaf in leaves.items():
-        if not isinstance(leaf, Mapping):
-            opened[name] = np.asarray(leaf)
-            continue
-        kept = leaf.get("kvstore", {}).get("path") or leaf.get("path", "")
-        # Only the name counts: a checkpoint may have been moved, or written to a bucket.
-        place = folder / Path(kept.rstrip("/")).name
-        if not (place / ".zarray").is_file():
-            absent.append(place.name)
-            continue
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(place)}}
-        opened[name] = tensorstore.open(spec, read=True, context=context)
-    if absent:
-        raise FileNotFoundError(f"{folder} lacks arrays that its index lists: {', '.join(sorted(absent))}")
-    return {name: one.result() if isinstance(one, tensorstore.Future) else one for name, one in opened.items()}
+        if isinstance(leaf, Mapping):
+            kept = leaf.get("kvstore", {}).get("path") or leaf.get("path", "")
+            # Only the name counts: a checkpoint may have been moved, or written to a bucket.
+            folders[name] = folder / Path(kept.rstrip("/")).name
+    if absent := sorted(place.name for place in folders.values() if not zarr.is_array(place)):
+        raise FileNotFoundError(f"{folder} lacks arrays that its index lists: {', '.join(absent)}")
+    opened = zarr.open_arrays(folders, fill_missing=True)
+    return {name: opened[name] if name in opened else np.asarray(leaf) for name, leaf in leaves.items()}
 
 
 def _in_our_axes(arrays: Mapping[str, Any], as_bfloat16: bool) -> dict[str, StoredArray]:
