@@ -1,0 +1,168 @@
+"""Commands that take what a run learned to PyTorch and back."""
+
+import argparse
+import importlib.util
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sapt_jax.config import check_config, flatten
+from sapt_jax.convert import merge, peft, reference, torch_model
+from sapt_jax.convert.learned import read_run
+
+_COMMON = "configs/common.py"
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds to-peft, to-reference, from-reference, to-hf, to-torch and from-torch to the parser's commands."""
+    command = _add(
+        subparsers,
+        "to-peft",
+        "Writes adapters of Hugging Face's PEFT: one task's LoRA block or soft prompt, all of them, or a mixture.",
+        "--run=runs/t5_large --task=task1572_samsum_summary --out=adapters/samsum",
+        to_peft,
+    )
+    _add_run(command)
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", help="the task whose block becomes an adapter")
+    what.add_argument("--weights", type=_weights, help="a mixture of all blocks, folded into one adapter of rank T*R")
+    what.add_argument("--all", action="store_true", help="every task's block, an adapter each: OUT/NAME")
+
+    command = _add(
+        subparsers,
+        "to-reference",
+        "Writes the files of the paper's PyTorch code: OUT/1-NAME/saved_weights, OUT/2-NAME/saved_weights, ...",
+        "--run=runs/t5_large --out=outputs",
+        lambda arguments: reference.write_saved(read_run(arguments.run, arguments.base), arguments.out),
+    )
+    _add_run(command)
+
+    command = _add(
+        subparsers,
+        "from-reference",
+        "Writes a workdir from what the paper's PyTorch code saved, for sapt_jax.main to go on with. The files do not "
+        "say alpha, the temperature or the protocol: these come from --config.",
+        "--saved=outputs/1-NAME/saved_weights,outputs/2-NAME/saved_weights --base=models/t5-large --out=runs/t5_large "
+        "--config=configs/t5_large_superni.py:protocol=released",
+        from_reference,
+    )
+    command.add_argument("--saved", required=True, type=_paths, help="every task's folder, in the order of training")
+    command.add_argument("--base", required=True, help="the model that they were trained on")
+    command.add_argument("--config", default=_COMMON, help=f"of the run that is to go on ({_COMMON})")
+
+    command = _add(
+        subparsers,
+        "to-hf",
+        "Writes the base model with one mixture of LoRA blocks merged into its weights, as a transformers folder.",
+        "--run=runs/t5_large --weights=0.1,0.9 --out=models/t5_large_merged",
+        lambda arguments: merge.write_merged(read_run(arguments.run, arguments.base), arguments.weights, arguments.out),
+    )
+    _add_run(command)
+    command.add_argument("--weights", required=True, type=_weights, help="one for each block, with commas; sum 1")
+
+    command = _add(
+        subparsers,
+        "to-torch",
+        "Writes the whole model for PyTorch: blocks, keys and query projection, and modeling_sapt.py, which wraps the "
+        "base model and mixes the blocks for each input. It names the base model's folder, or has a copy.",
+        "--run=runs/t5_large --out=models/t5_large_sapt",
+        lambda arguments: torch_model.write_model(
+            read_run(arguments.run, arguments.base), arguments.include_base, arguments.out
+        ),
+    )
+    _add_run(command)
+    command.add_argument("--include-base", action="store_true", help="with a copy of the base model, in OUT/base")
+
+    command = _add(
+        subparsers,
+        "from-torch",
+        "Writes the workdir again that to-torch was given, for sapt_jax.main to go on with.",
+        "--model=models/t5_large_sapt --out=runs/t5_large",
+        lambda arguments: torch_model.read_model(arguments.model, arguments.base, arguments.out),
+    )
+    command.add_argument("--model", required=True, type=Path, help="the folder that to-torch wrote")
+    command.add_argument("--base", default="", help="where the base model lies now, if not where it was")
+
+
+def to_peft(arguments: argparse.Namespace) -> None:
+    """Runs to-peft.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: from `read_run` and the writers of `peft`.
+    """
+    learned = read_run(arguments.run, arguments.base)
+    if arguments.task is not None:
+        peft.write_task(learned, arguments.task, arguments.out)
+    elif arguments.weights is not None:
+        peft.write_mixture(learned, arguments.weights, arguments.out)
+    else:
+        peft.write_all(learned, arguments.out)
+
+
+def from_reference(arguments: argparse.Namespace) -> None:
+    """Runs from-reference, and prints the command that goes on.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ModuleNotFoundError, ValueError: from `reference.read_saved`.
+    """
+    before = load_config(arguments.config)
+    after = flatten(reference.read_saved(arguments.saved, arguments.base, before, arguments.out))
+    changed = {name: value for name, value in after.items() if value != flatten(before)[name]}
+    command = ["python", "-m", "sapt_jax.main", f"--config={arguments.config}"]
+    command += [f"--config.{name}={value}" for name, value in changed.items()]
+    print("To go on, with more tasks at the end of config.task_order:")
+    print(f"  {shlex.join([*command, f'--workdir={arguments.out}'])}")
+
+
+def load_config(address: str) -> ConfigDict:
+    """The config of a file FILE or FILE:ARGUMENT, as `sapt_jax.main --config` takes it.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no config.
+    """
+    name, colon, argument = address.partition(":")
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"--config={address}: {name} does not exist")
+    spec = importlib.util.spec_from_file_location("config_file", name)
+    if spec is None:
+        raise ValueError(f"--config={address}: {name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(argument) if colon else module.get_config()
+    check_config(config)
+    return config
+
+
+def _add(
+    subparsers: Any, name: str, text: str, example: str, function: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    command = subparsers.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  python -m sapt_jax.convert {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--out", required=True, type=Path, help="the folder to write; it must not exist")
+    command.set_defaults(command=function)
+    return command
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run", required=True, type=Path, help="the workdir of a run of sapt_jax.main")
+    command.add_argument("--base", default="", help="where the base model lies now, if not where the run found it")
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas, such as 0.1,0.9") from None
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(part.strip()) for part in text.split(",") if part.strip()]
