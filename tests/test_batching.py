@@ -25,7 +25,9 @@ def random_split(rng, n, longest=(60, 12)) -> EncodedSplit:
 
 
 def random_buckets(rng, lengths):
-    return choose_buckets(lengths, max_buckets=int(rng.integers(1, 7)), source_multiple=8, target_multiple=4, prompt_length=0)
+    return choose_buckets(
+        lengths, max_buckets=int(rng.integers(1, 7)), source_multiple=8, target_multiple=4, prompt_length=0
+    )
 
 
 def rows_of(batch, split) -> list[int]:

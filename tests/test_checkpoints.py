@@ -46,7 +46,9 @@ def make_state(seed, **options):
 
 def make_frozen(seed, capacity=3, rank=2):
     base = {"embedding": jnp.zeros((5, 6))}
-    return fill(seed, init_frozen(base, Lora(rank, 8.0, False), SITES, 6, capacity)).replace(enabled=jnp.ones((capacity,), bool))
+    return fill(seed, init_frozen(base, Lora(rank, 8.0, False), SITES, 6, capacity)).replace(
+        enabled=jnp.ones((capacity,), bool)
+    )
 
 
 def assert_same_bits(first, second):

@@ -177,3 +177,41 @@ def test_an_axis_without_a_rule_is_an_error():
         partitioning.abstract_params(OneKernel(("embed", "expert")), mesh, jnp.float32)
     known = partitioning.abstract_params(OneKernel(("embed", "mlp")), mesh, jnp.float32)
     assert known["kernel"].shape == (2, 2)
+
+
+def one_device():
+    return partitioning.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+def test_rules_of_the_config_replace_single_ones():
+    rules = partitioning.make_rules((("embed", None), ("heads", ["fsdp", "tensor"])))
+    assert dict(rules) == {**dict(partitioning.RULES), "embed": None, "heads": ("fsdp", "tensor")}
+    with nn.logical_axis_rules(rules):
+        placed = partitioning.shardings({"bank": {"query": {"b": np.zeros((2, 3, 4, 8))}}}, one_device())
+    assert placed["bank"]["query"]["b"].spec == jax.sharding.PartitionSpec(None, None, None, ("fsdp", "tensor"))
+    assert partitioning.make_rules(()) == partitioning.RULES
+
+
+def test_rules_that_cannot_be_are_all_named():
+    wrong = (("batch", "tensor"), ("expert", "data"), ("embed", "model"), "embed")
+    with pytest.raises(ValueError, match="config.mesh.rules: ") as error:
+        partitioning.make_rules((*wrong, ("embed", "tensor")))
+    for rule in wrong:
+        assert repr(rule) in str(error.value)
+    assert "('embed', 'tensor')" not in str(error.value)
+
+
+def test_arrays_without_logical_axes_are_all_named():
+    """An unknown name, and a known one with another number of axes; a bank's blocks have one more than a slot's."""
+    tree = {"keys": np.zeros((3, 4)), "adapter": np.zeros((2,)), "slot": {"query": {"a": np.zeros((2, 4, 3, 5))}}}
+    with pytest.raises(ValueError, match="no logical axes in partitioning.LEAF_AXES for ") as error:
+        partitioning.shardings(tree, one_device())
+    assert str(error.value).endswith("['adapter']; ['slot']['query']['a']")
+    del tree["adapter"]
+    tree["bank"] = tree.pop("slot")
+    assert jax.tree.leaves(partitioning.shardings(tree, one_device()))
+
+
+def test_activations_stay_as_they_are_without_a_mesh():
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert partitioning.constrain(x, "batch", "act_embed") is x
