@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def committed(workdir):
@@ -11,7 +14,10 @@ def committed(workdir):
     arrays = {}
     with ocp.StandardCheckpointer() as checkpointer:
         for folder in sorted(Path(workdir).glob("tasks/*/committed")):
-            restored = checkpointer.restore(folder.absolute())
+            saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            # Onto this machine, whatever devices it was saved from.
+            here = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE_DEVICE) for name, x in saved.items()}
+            restored = checkpointer.restore(folder.absolute(), here)
             arrays[folder.parent.name] = {name: np.array(array) for name, array in restored.items()}
     return arrays
 
