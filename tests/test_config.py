@@ -81,7 +81,7 @@ def test_a_batch_that_does_not_split_into_its_parts_is_named():
 def test_a_run_records_its_config_and_goes_on_with_the_same(tmp_path):
     record_config(changed(seed=7), tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert recorded == {**flatten(common.get_config()), "data.buckets": [], "seed": 7}
+    assert recorded == {**flatten(common.get_config()), "data.buckets": [], "mesh.rules": [], "seed": 7}
     check_same_run(changed(seed=7), tmp_path / "run")
 
 
