@@ -7,6 +7,7 @@ it starts, so this runs as a program of its own:
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -61,8 +62,11 @@ def mesh_of(*sizes):
         yield mesh
 
 
-def noise(seed, tree, scale=0.3):
-    """Random values in a tree's shapes: every block non-zero, so that every path of the gradient carries something."""
+def noise(seed, tree, scale=0.1):
+    """Random values in a tree's shapes: every block non-zero, so that every path of the gradient carries something.
+
+    With larger ones T5's attention, which does not scale its logits, saturates: float32 would not settle its gradient.
+    """
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype(np.float32), tree)
 
@@ -76,15 +80,29 @@ def make_batch(seed, vocab):
     return {"source": ids[0], "source_mask": masks[0], "target": ids[1], "target_mask": masks[1]}
 
 
+def model_of(variant):
+    shape = dataclasses.replace(VARIANTS[variant], tie_embeddings=False, **SHAPES[variant])
+    return make_model(shape, "float32", "none")
+
+
+@functools.cache
+def params_of(variant):
+    """Random weights on the host."""
+    with mesh_of(1, 1, 1) as mesh:
+        abstract = partitioning.abstract_params(model_of(variant), mesh, jnp.float32)
+        return jax.device_get(init_params(model_of(variant), abstract, 0))
+
+
 class Case:
     """A model with a PET on a mesh, its arrays and its jitted functions."""
 
     def __init__(self, variant, pet, mesh):
         self.mesh = mesh
-        shape = dataclasses.replace(VARIANTS[variant], tie_embeddings=False, **SHAPES[variant])
-        self.model = make_model(shape, "float32", "none")
+        self.model = model_of(variant)
+        shape = self.model.config
         self.method = tiny_method(pet=PETS[pet])
-        self.base = init_params(self.model, partitioning.abstract_params(self.model, mesh, jnp.float32), 0)
+        abstract = partitioning.abstract_params(self.model, mesh, jnp.float32)
+        self.base = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params_of(variant), abstract)
         sites = self.model.pet_sites(shape)
         frozen = partitioning.create(lambda: init_frozen(None, self.method.pet, sites, shape.d_model, TASKS), mesh)
         targets = np.tril(np.random.default_rng(1).random((TASKS, TASKS)).astype(np.float32) + 0.1)

@@ -24,8 +24,6 @@ GOLDENS = REPOSITORY / "tests" / "goldens" / "shardings.txt"
 TOLERANCE = 1e-5
 LAYERS, D_MODEL, VOCAB = 2, 32, 384
 PAIRS = [(family, pet) for family in COVER for pet in PETS]
-# With random blocks this large, the gradient of T5 with LoRA is all cancellation: float32 does not settle it to 1e-5.
-SETTLED = [pair for pair in PAIRS if pair != ("t5-tiny", "lora")]
 
 
 def run_programs(folder):
@@ -76,7 +74,7 @@ def compare(results, family, pet, name):
             np.testing.assert_array_equal(x, one[key], err_msg=f"{title} {name} {key}")
 
 
-@pytest.mark.parametrize(("family", "pet"), SETTLED)
+@pytest.mark.parametrize(("family", "pet"), PAIRS)
 def test_a_mesh_learns_and_answers_as_one_device(family, pet, results):
     """Two tasks of two steps, with the commit between them: losses, gradients, trees, attention, answers, banks."""
     found = results[family]
@@ -89,7 +87,7 @@ def test_a_mesh_learns_and_answers_as_one_device(family, pet, results):
         compare(found, family, pet, name)
 
 
-@pytest.mark.parametrize(("family", "pet"), SETTLED)
+@pytest.mark.parametrize(("family", "pet"), PAIRS)
 def test_a_run_goes_on_on_another_mesh(family, pet, results):
     """From the bank of the first task and the state inside the second, as the mesh before saved them."""
     for name in COVER[family][pet]:
