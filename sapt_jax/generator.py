@@ -149,8 +149,9 @@ def with_written_pool(
     if file.is_file():
         encoded = encode(read_pseudo_samples(file.parent.parent, task.name))
     else:
-        trained = _train(config, generator, frozen.base, task_index, folder, log, console)
-        collection = _collect(config, generator, frozen.base, trained, task_index, rules)
+        blank = generator.writer.init_frozen(frozen.base, 1, ())
+        trained = _train(config, generator, blank, task_index, folder, log, console)
+        collection = _collect(config, generator, blank, trained, task_index, rules)
         pool = collection.pool(task.name)
         encoded = encode(pool)
         quality = written_samples.describe_pool(pool, task)
@@ -172,21 +173,19 @@ def _prompt_rules(config: Any, learner: Learner) -> EncodingRules:
 
 
 def _train(
-    config: Any, generator: Generator, base: Any, task_index: int, folder: Path, log: RunLog, console: Console
+    config: Any, generator: Generator, frozen: Frozen, task_index: int, folder: Path, log: RunLog, console: Console
 ) -> Trainable:
     writer = generator.writer
-    frozen = writer.init_frozen(base, 1, ())
-    fresh = writer.open_task(config.seed, task_index, base, None)
+    fresh = writer.open_task(config.seed, task_index, frozen.base, None)
     return fit(generator.config, writer, frozen, fresh, task_index, folder / "generator", log, "generator", console)
 
 
 def _collect(
-    config: Any, generator: Generator, base: Any, trained: Trainable, task_index: int, rules: EncodingRules
+    config: Any, generator: Generator, frozen: Frozen, trained: Trainable, task_index: int, rules: EncodingRules
 ) -> Collection:
     """Draws texts from a trained generator until there are samples enough, or no more draws."""
     writer, options = generator.writer, config.pseudo_samples.generator
     task, rows = writer.stream.tasks[task_index], writer.layout.batch_size
-    frozen = writer.init_frozen(base, 1, ())
     size = pool_size(len(task.train), config.pseudo_samples.ratio, config.pseudo_samples.minimum)
     collection = Collection(size)
     cues = EncodedSplit(Ragged.from_rows([task.train.sources[0]] * rows), Ragged.from_rows([()] * rows), 0, 0)

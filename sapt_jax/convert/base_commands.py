@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import absl.logging
@@ -19,6 +18,7 @@ from sapt_jax.convert.loading import FORMATS, format_of, open_pretrained, read_m
 from sapt_jax.convert.locate import resolve_path
 from sapt_jax.convert.new_folder import new_folder
 from sapt_jax.convert.rules import Parameter
+from sapt_jax.convert.subcommand import add_subcommand
 from sapt_jax.models.loading import DTYPES, make_model, read_shape
 
 _EXAMPLES = {
@@ -87,17 +87,9 @@ def to_t5x(arguments: argparse.Namespace) -> None:
 def _add(
     subparsers: Any, name: str, text: str, function: Callable[[argparse.Namespace], None], model: str
 ) -> argparse.ArgumentParser:
-    command = subparsers.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=f"example:\n  python -m sapt_jax.convert {name} {_EXAMPLES[name]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = add_subcommand(subparsers, name, text, _EXAMPLES[name], function)
     command.add_argument("--model", required=True, help=model)
-    command.add_argument("--out", required=True, type=Path, help="the folder to write; it must not exist")
     command.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="what weights are stored in")
-    command.set_defaults(command=function)
     return command
 
 

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ from ml_collections import ConfigDict
 from sapt_jax.config import check_config, flatten
 from sapt_jax.convert import merge, peft, reference, torch_model
 from sapt_jax.convert.learned import read_run
+from sapt_jax.convert.subcommand import add_subcommand
 
 _COMMON = "configs/common.py"
 
 
 def add_commands(subparsers: Any) -> None:
     """Adds to-peft, to-reference, from-reference, to-hf, to-torch and from-torch to the parser's commands."""
-    command = _add(
+    command = add_subcommand(
         subparsers,
         "to-peft",
         "Writes adapters of Hugging Face's PEFT: one task's LoRA block or soft prompt, all of them, or a mixture.",
@@ -31,7 +31,7 @@ def add_commands(subparsers: Any) -> None:
     what.add_argument("--weights", type=_weights, help="a mixture of all blocks, folded into one adapter of rank T*R")
     what.add_argument("--all", action="store_true", help="every task's block, an adapter each: OUT/NAME")
 
-    command = _add(
+    command = add_subcommand(
         subparsers,
         "to-reference",
         "Writes the files of the paper's PyTorch code: OUT/1-NAME/saved_weights, OUT/2-NAME/saved_weights, ...",
@@ -40,7 +40,7 @@ def add_commands(subparsers: Any) -> None:
     )
     _add_run(command)
 
-    command = _add(
+    command = add_subcommand(
         subparsers,
         "from-reference",
         "Writes a workdir from what the paper's PyTorch code saved, for sapt_jax.main to go on with. The files do not "
@@ -53,7 +53,7 @@ def add_commands(subparsers: Any) -> None:
     command.add_argument("--base", required=True, help="the model that they were trained on")
     command.add_argument("--config", default=_COMMON, help=f"of the run that is to go on ({_COMMON})")
 
-    command = _add(
+    command = add_subcommand(
         subparsers,
         "to-hf",
         "Writes the base model with one mixture of LoRA blocks merged into its weights, as a transformers folder.",
@@ -63,7 +63,7 @@ def add_commands(subparsers: Any) -> None:
     _add_run(command)
     command.add_argument("--weights", required=True, type=_weights, help="one for each block, with commas; sum 1")
 
-    command = _add(
+    command = add_subcommand(
         subparsers,
         "to-torch",
         "Writes the whole model for PyTorch: blocks, keys and query projection, and modeling_sapt.py, which wraps the "
@@ -76,7 +76,7 @@ def add_commands(subparsers: Any) -> None:
     _add_run(command)
     command.add_argument("--include-base", action="store_true", help="with a copy of the base model, in OUT/base")
 
-    command = _add(
+    command = add_subcommand(
         subparsers,
         "from-torch",
         "Writes the workdir again that to-torch was given, for sapt_jax.main to go on with.",
@@ -135,21 +135,6 @@ def load_config(address: str) -> ConfigDict:
     config = module.get_config(argument) if colon else module.get_config()
     check_config(config)
     return config
-
-
-def _add(
-    subparsers: Any, name: str, text: str, example: str, function: Callable[[argparse.Namespace], None]
-) -> argparse.ArgumentParser:
-    command = subparsers.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=f"example:\n  python -m sapt_jax.convert {name} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("--out", required=True, type=Path, help="the folder to write; it must not exist")
-    command.set_defaults(command=function)
-    return command
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
