@@ -32,7 +32,8 @@ DTYPE_NAMES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute and 
 
 def make_setting(config: Any, dtype: str, mesh: Any) -> tuple[Any, Method, Frozen, Trainable]:
     """(model, method, frozen tree with every slot filled, trainable tree) for a config."""
-    model = make_model(read_shape(config.model.path, config.model.variant), dtype, config.model.remat)
+    shape = read_shape(config.model.path, config.model.variant)
+    model = make_model(shape, dtype, config.model.remat, config.model.attention)
     base = init_params(model, partitioning.abstract_params(model, mesh, DTYPES[dtype]), seed=0)
     method = make_method(config)
     sites, d_model = model.pet_sites(model.config), model.config.d_model

@@ -36,6 +36,9 @@ def get_config() -> ConfigDict:
     c.model.param_dtype = "bfloat16"
     # "none", "full" (recompute everything) or "dots" (keep matrix products).
     c.model.remat = "none"
+    # What computes LLaMA's self-attention: "xla", "splash" (TPUs), "cudnn" (NVIDIA GPUs) or "auto", which is splash on
+    # TPUs and xla elsewhere.
+    c.model.attention = "auto"
 
     c.pet = ConfigDict()
     # "lora" or "prompt": SAPT-LoRA or SAPT-Prompt.

@@ -177,7 +177,7 @@ def read_inputs(config: Any) -> tuple[nn.Module, Tokenizer, Stream]:
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
             "config.model.tokenizer must be the one that the model was trained with."
         )
-    model = make_model(shape, options.dtype, options.remat)
+    model = make_model(shape, options.dtype, options.remat, options.attention)
     return model, tokenizer, load_stream(config, tokenizer, model.padding_side, make_method(config))
 
 

@@ -38,6 +38,16 @@ RULES: Rules = (
     ("samples", None),
 )
 
+# Logical axes of activations.
+TOKENS = ("batch", "length")
+STATES = (*TOKENS, "act_embed")
+QUERY = (*TOKENS, "heads", "head_dim")
+KEY_VALUE = (*TOKENS, "kv_heads", "head_dim")
+CACHE = ("layers", *KEY_VALUE)
+CROSS_CACHE = ("layers", "batch", "kv_heads", "head_dim", "length")
+HIDDEN = (*TOKENS, "mlp")
+LOGITS = (*TOKENS, "vocab")
+
 # Logical axes of the arrays beside the model's own, by name. In a bank, blocks have an axis "tasks" more.
 LEAF_AXES = {
     "a": ("layers", "embed", "rank"),
@@ -188,10 +198,19 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = nn.logical_to_mesh_axes(axes, _rules())
-    dims = zip(spec, x.shape, strict=True)
+    dims = zip(spec_of(axes), x.shape, strict=True)
     spec = [PartitionSpec.UNCONSTRAINED if size % _size(mesh, axis) else axis for axis, size in dims]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def spec_of(axes: Sequence[str]) -> PartitionSpec:
+    """Mesh axes of logical axes, by the rules in force."""
+    return nn.logical_to_mesh_axes(axes, _rules())
+
+
+def divides(mesh: Any, shape: Sequence[int], axes: Sequence[str]) -> bool:
+    """Whether the mesh splits an array of this shape and these logical axes into equal parts."""
+    return not any(size % _size(mesh, axis) for size, axis in zip(shape, spec_of(axes), strict=True))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

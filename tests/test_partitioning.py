@@ -65,6 +65,13 @@ for name in ("llama-tiny", "t5-tiny"):
             logits.append(jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, placed))
     found[name + " difference"] = float(np.abs(np.asarray(logits[0]) - np.asarray(logits[1])).max())
     found[name + " size"] = float(np.abs(np.asarray(logits[1])).max())
+    if name == "llama-tiny":
+        kernel = make_model(config, "float32", "none", "splash")
+        with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
+            params = init_params(model, partitioning.abstract_params(model, mesh, jnp.float32), 0)
+            placed = partitioning.place_batch(batch, mesh)
+            of_kernel = jax.jit(lambda p, b: kernel.apply({"params": p}, **b))(params, placed)
+        found["kernel difference"] = float(np.abs(np.asarray(of_kernel) - np.asarray(logits[1])).max())
 
 placed = partitioning.place_batch({"source": np.arange(24).reshape(8, 3)}, mesh)["source"]
 shards = placed.addressable_shards
@@ -135,6 +142,10 @@ def test_every_matrix_is_split_over_fsdp_and_tensor(variant, found):
 def test_splitting_changes_no_logits(variant, found):
     assert found[f"{variant} size"] > 1
     assert found[f"{variant} difference"] < 1e-4
+
+
+def test_the_attention_kernel_runs_on_each_device_s_rows_and_heads(found):
+    assert found["kernel difference"] < 1e-4
 
 
 @pytest.mark.parametrize(("variant", "stacks"), [("llama-tiny", ["decoder"]), ("t5-tiny", ["encoder", "decoder"])])

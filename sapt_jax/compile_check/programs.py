@@ -128,7 +128,7 @@ def programs_of(config: Any, mesh: Mesh) -> list[Program]:
     tokenizer = types.SimpleNamespace(pad_id=0, eos_id=1)
     stream = types.SimpleNamespace(tasks=range(TASKS), buckets=((source, target),))
     with nn.logical_axis_rules(rules):
-        model = make_model(shape, config.model.dtype, config.model.remat)
+        model = make_model(shape, config.model.dtype, config.model.remat, config.model.attention)
         learner = make_learner(config, model, method, tokenizer, stream, mesh)
         capacity = method.capacity(max(TASKS, config.pet.capacity))
         frozen, state, pools = _abstract_trees(config, learner, capacity)

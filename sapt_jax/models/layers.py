@@ -8,14 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sapt_jax.partitioning import constrain
-
-# Logical axes of activations.
-STATES = ("batch", "length", "act_embed")
-QUERY = ("batch", "length", "heads", "head_dim")
-KEY_VALUE = ("batch", "length", "kv_heads", "head_dim")
-CACHE = ("layers", *KEY_VALUE)
-LOGITS = ("batch", "length", "vocab")
+from sapt_jax.models.causal_attention import causal_attention
+from sapt_jax.partitioning import HIDDEN, KEY_VALUE, LOGITS, QUERY, STATES, constrain
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -136,7 +130,7 @@ class GatedMlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_0")(x)
         up = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_1")(x)
-        hidden = constrain(self.activation(gate) * up, "batch", "length", "mlp")
+        hidden = constrain(self.activation(gate) * up, *HIDDEN)
         return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
@@ -150,12 +144,14 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = self.activation(Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi")(x))
-        hidden = constrain(hidden, "batch", "length", "mlp")
+        hidden = constrain(hidden, *HIDDEN)
         return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
 class Attention(nn.Module):
     """Projections of multi-head attention, with grouped keys and values and LoRA where `pet` names them.
+
+    `kernel` is what `causal_attention` runs.
 
     `project_query`, `project_key_value` and `attend` are separate so that a caller can rotate, cache or reuse parts.
     """
@@ -166,6 +162,7 @@ class Attention(nn.Module):
     d_model: int
     scale: float
     dtype: Any
+    kernel: str = "xla"
 
     def setup(self):
         kv_width = self.num_kv_heads * self.head_dim
@@ -199,7 +196,13 @@ class Attention(nn.Module):
           mask: broadcastable to [B, 1, L, S], True where attention is allowed, or None.
           bias: broadcastable to [B, N, L, S], or None.
         """
-        mixed = jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=self.scale)
+        return self._project(jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=self.scale))
+
+    def attend_causally(self, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array) -> jax.Array:
+        """As `attend` of a batch to itself: each token sees those of valid [B, L] up to itself."""
+        return self._project(causal_attention(query, key, value, valid, self.scale, self.kernel))
+
+    def _project(self, mixed: jax.Array) -> jax.Array:
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
 

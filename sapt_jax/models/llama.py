@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sapt_jax.models.layers import CACHE, STATES, Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, scan_layers
+from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, scan_layers
 from sapt_jax.models.rope import rotate, rotations
 from sapt_jax.models.variants import LlamaConfig
-from sapt_jax.partitioning import constrain
+from sapt_jax.partitioning import CACHE, STATES, constrain
 from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
 
 ACTIVATIONS = {
@@ -52,17 +52,18 @@ class Block(nn.Module):
 
     config: LlamaConfig
     dtype: Any
+    kernel: str
 
     def setup(self):
         c = self.config
         self.pre_self_attention_layer_norm = RMSNorm(c.norm_eps, self.dtype)
         self.self_attention = Attention(
-            c.num_heads, c.num_kv_heads, c.head_dim, c.d_model, c.head_dim**-0.5, self.dtype
+            c.num_heads, c.num_kv_heads, c.head_dim, c.d_model, c.head_dim**-0.5, self.dtype, self.kernel
         )
         self.pre_mlp_layer_norm = RMSNorm(c.norm_eps, self.dtype)
         self.mlp = GatedMlp(c.d_ff, ACTIVATIONS[c.activation], self.dtype)
 
-    def __call__(self, carry: Any, blocks: Any, pet: Mixture | None, rotation: Any, mask: jax.Array, write: Any) -> Any:
+    def __call__(self, carry, blocks, pet, rotation, valid, write):
         """Applies the layer.
 
         Args:
@@ -70,7 +71,7 @@ class Block(nn.Module):
           blocks: this layer's LoRA tree, or None.
           pet: what all layers share of the mixture, or None.
           rotation: cosine and sine at the positions of x.
-          mask: [B, 1, L, S] bool.
+          valid: [B, S] bool, True where keys are of tokens.
           write: cache column that the tokens of x are written to, or None without a cache.
 
         Returns:
@@ -82,14 +83,15 @@ class Block(nn.Module):
         key, value = self.self_attention.project_key_value(h, blocks, pet)
         key = rotate(key, rotation)
         if write is None:
-            all_keys, all_values = key, value
+            attended = self.self_attention.attend_causally(query, key, value, valid)
         else:
             start = (layer, 0, write, 0, 0)
             cached_key = jax.lax.dynamic_update_slice(cached_key, key[None], start)
             cached_value = jax.lax.dynamic_update_slice(cached_value, value[None], start)
             all_keys = jax.lax.dynamic_index_in_dim(cached_key, layer, keepdims=False)
             all_values = jax.lax.dynamic_index_in_dim(cached_value, layer, keepdims=False)
-        x = x + self.self_attention.attend(query, all_keys, all_values, mask)
+            attended = self.self_attention.attend(query, all_keys, all_values, valid[:, None, None, :])
+        x = x + attended
         x = x + self.mlp(self.pre_mlp_layer_norm(x))
         x = constrain(x, *STATES)
         return (x, cached_key, cached_value, layer + 1), (key, value)
@@ -101,23 +103,24 @@ class Decoder(nn.Module):
     config: LlamaConfig
     dtype: Any
     remat: str
+    kernel: str
 
     def setup(self):
         c = self.config
         axes = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
-        self.layers = scan_layers(Block, c.num_layers, axes, self.remat)(c, self.dtype)
+        self.layers = scan_layers(Block, c.num_layers, axes, self.remat)(c, self.dtype, self.kernel)
         self.decoder_norm = RMSNorm(c.norm_eps, self.dtype)
         if not c.tie_embeddings:
             self.logits_dense = LogitsDense(c.vocab_size, self.dtype)
 
-    def __call__(self, x, positions, mask, pet, cache=None):
+    def __call__(self, x, positions, valid, pet, cache=None):
         """x [B, L, D] -> (normed states [B, L, D], (keys, values) of these tokens, updated cached keys and values)."""
         blocks, shared = layer_blocks(pet, "decoder", "self_attention")
         cached = (None, None) if cache is None else (cache.key, cache.value)
         write = None if cache is None else cache.column
         carry = (x, *cached, jnp.zeros((), jnp.int32))
         rotation = rotations(self.config, positions)
-        (x, key, value, _), written = self.layers(carry, blocks, shared, rotation, mask, write)
+        (x, key, value, _), written = self.layers(carry, blocks, shared, rotation, valid, write)
         return self.decoder_norm(x), written, (key, value)
 
 
@@ -127,13 +130,14 @@ class Llama(nn.Module):
     config: LlamaConfig
     dtype: Any
     remat: str
+    kernel: str = "auto"
 
     padding_side = "left"
 
     def setup(self):
         c = self.config
         self.token_embedder = Embedding(c.vocab_size, c.d_model, self.dtype)
-        self.decoder = Decoder(c, self.dtype, self.remat)
+        self.decoder = Decoder(c, self.dtype, self.remat, self.kernel)
 
     @staticmethod
     def pet_sites(config: LlamaConfig) -> Sites:
@@ -177,7 +181,7 @@ class Llama(nn.Module):
         ids = jnp.concatenate([source, target[:, :-1]], axis=1)
         valid = jnp.concatenate([source_mask, target_mask[:, :-1]], axis=1)
         x, valid = put_prompt_before(pet, self.embed(ids), valid)
-        states, _, _ = self.decoder(x, positions_of(valid), causal_mask(valid), pet)
+        states, _, _ = self.decoder(x, positions_of(valid), valid, pet)
         return self.logits(states[:, -target.shape[1] :])
 
     def prefill(
@@ -185,7 +189,7 @@ class Llama(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Reads the source: the logits [B, V] of the first answer token, and a cache with room for `new_tokens`."""
         x, valid = put_prompt_before(pet, self.embed(source), source_mask)
-        states, (key, value), _ = self.decoder(x, positions_of(valid), causal_mask(valid), pet)
+        states, (key, value), _ = self.decoder(x, positions_of(valid), valid, pet)
         room = ((0, 0), (0, 0), (0, new_tokens), (0, 0), (0, 0))
         cache = Cache(
             key=constrain(jnp.pad(key, room), *CACHE),
@@ -199,17 +203,9 @@ class Llama(nn.Module):
     def decode_step(self, tokens: jax.Array, cache: Cache, pet: Mixture | None = None) -> tuple[jax.Array, Cache]:
         """Appends one token [B] to every row; returns the next logits [B, V] and the cache."""
         mask = cache.mask.at[:, cache.column].set(True)
-        states, _, (key, value) = self.decoder(
-            self.embed(tokens[:, None]), cache.position[:, None], mask[:, None, None, :], pet, cache
-        )
+        states, _, (key, value) = self.decoder(self.embed(tokens[:, None]), cache.position[:, None], mask, pet, cache)
         cache = cache.replace(key=key, value=value, mask=mask, position=cache.position + 1, column=cache.column + 1)
         return self.logits(states)[:, 0], cache
-
-
-def causal_mask(valid: jax.Array) -> jax.Array:
-    """[B, 1, L, L] bool of valid [B, L]: each token sees the valid ones up to itself."""
-    length = valid.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool))[None, None] & valid[:, None, None, :]
 
 
 def positions_of(valid: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from sapt_jax import partitioning
 from sapt_jax.convert.loading import load_pretrained, read_model_config
+from sapt_jax.models.causal_attention import KERNELS
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.t5 import T5
 from sapt_jax.models.variants import (
@@ -30,12 +31,23 @@ CONFIG_READERS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def make_model(model_config: Any, dtype: str, remat: str) -> nn.Module:
-    """The Linen module of a shape. `dtype` and `remat` as in `config.model`."""
+def make_model(model_config: Any, dtype: str, remat: str, attention: str = "auto") -> nn.Module:
+    """The Linen module of a shape. `dtype`, `remat` and `attention` as in `config.model`.
+
+    Raises:
+      ValueError: an unknown one of them, or an attention kernel that the architecture cannot use.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"config.model.dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
-    family = T5 if isinstance(model_config, T5Config) else Llama
-    return family(model_config, DTYPES[dtype], remat)
+    if attention not in KERNELS:
+        raise ValueError(f"config.model.attention={attention!r} is unknown; choose one of {', '.join(KERNELS)}.")
+    if attention == "cudnn" and dtype != "bfloat16":
+        raise ValueError(f"config.model.attention='cudnn' needs config.model.dtype='bfloat16', not {dtype!r}.")
+    if not isinstance(model_config, T5Config):
+        return Llama(model_config, DTYPES[dtype], remat, attention)
+    if attention not in ("auto", "xla"):
+        raise ValueError(f"config.model.attention={attention!r} takes none of T5's biases; choose auto.")
+    return T5(model_config, DTYPES[dtype], remat)
 
 
 def read_shape(path: str, variant: str) -> Any:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sapt_jax.models.layers import CACHE, STATES, Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, scan_layers
+from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, scan_layers
 from sapt_jax.models.variants import T5Config
-from sapt_jax.partitioning import constrain
+from sapt_jax.partitioning import CACHE, CROSS_CACHE, STATES, constrain
 from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
 
 START_ID = 0
@@ -35,7 +35,8 @@ class Cache:
 
     Attributes:
       key, value: [layers, B, S, N, H] of the decoder's own tokens, S = new tokens + 1 for the start id.
-      cross_key, cross_value: [layers, B, S', N, H] of the encoded source, read only; S' = prompt and source length.
+      cross_key, cross_value: [layers, B, N, H, S'] of the encoded source, read only; S' = prompt and source length.
+        The length is last since TPUs pad that axis to 128, and most T5s have a head_dim of 64.
       source_mask: [B, S'] bool.
       column: [] int, the column that the next token is written to.
     """
@@ -160,7 +161,7 @@ class DecoderBlock(nn.Module):
             [layers, B, S, N, H] or None.
           blocks: this layer's LoRA tree, or None.
           bias: [1, N, L, S], or this layer's table [N, buckets].
-          cross: this layer's (key, value) [B, source length, N, H], or None to project `encoded`.
+          cross: this layer's (key, value) [B, N, H, source length], or None to project `encoded`.
           pet: what all layers share of the mixture, or None.
           buckets: [L, S].
           mask: [1, 1, L, S] bool.
@@ -191,9 +192,11 @@ class DecoderBlock(nn.Module):
         query = self.encoder_decoder_attention.project_query(h, cross_blocks, pet)
         projected = None
         if cross is None:
-            cross = self.encoder_decoder_attention.project_key_value(encoded, cross_blocks, pet)
-            projected = None if write is None else cross
-        x = x + self.encoder_decoder_attention.attend(query, *cross, source_mask)
+            key, value = self.encoder_decoder_attention.project_key_value(encoded, cross_blocks, pet)
+            projected = None if write is None else tuple(jnp.moveaxis(y, 1, -1) for y in (key, value))
+        else:
+            key, value = (jnp.moveaxis(y, -1, 1) for y in cross)
+        x = x + self.encoder_decoder_attention.attend(query, key, value, source_mask)
 
         x = x + self.mlp(self.pre_mlp_layer_norm(x))
         x = constrain(x, *STATES)
@@ -252,7 +255,7 @@ class Decoder(nn.Module):
           source_mask: [B, source length] bool.
           pet: the mixture, or None.
           cached: (key, value) [layers, B, S, N, H], or None without a cache.
-          cross: (key, value) of the source [layers, B, source length, N, H], or None.
+          cross: (key, value) of the source [layers, B, N, H, source length], or None.
           write: [] int, the column of x's first token, with a cache.
 
         Returns:
@@ -358,7 +361,7 @@ class T5(nn.Module):
         states, (key, value), (cross_key, cross_value) = self.decoder(
             start, encoded, source_mask, pet, cached=(empty, empty), write=jnp.zeros((), jnp.int32)
         )
-        cross_key, cross_value = constrain(cross_key, *CACHE), constrain(cross_value, *CACHE)
+        cross_key, cross_value = (constrain(x, *CROSS_CACHE) for x in (cross_key, cross_value))
         cache = Cache(key, value, cross_key, cross_value, source_mask, jnp.ones((), jnp.int32))
         return self.logits(states)[:, 0], cache
 
