@@ -56,6 +56,22 @@ def test_figures_are_those_of_the_data(tmp_path):
         assert text in out.getvalue()
 
 
+def test_padding_counts_the_positions_of_a_soft_prompt(tmp_path):
+    task = random_task(np.random.default_rng(62), "one", sizes=(23, 5, 9))
+    write_task(tmp_path, task)
+    config = config_for(tmp_path, ["one"])
+    config.data.max_buckets = 1
+    shares = {}
+    for kind in ("lora", "prompt"):
+        config.pet.kind, config.pet.prompt_length, config.data.source_multiple = kind, 16, 8
+        (report,), _ = inspect(config, Console(file=io.StringIO(), width=140))
+        shares[kind] = report.train_tokens, report.train_positions
+    (tokens, positions), (prompt_tokens, prompt_positions) = shares.values()
+    # 23 rows in 6 batches of 4: the last row stands in for the one that is missing.
+    assert prompt_tokens - tokens == 23 * 16
+    assert prompt_positions - positions == 24 * 16
+
+
 def test_errors_are_the_runs_own(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'three'"):
         inspect(config_for(tmp_path, ["three"]), Console(file=io.StringIO()))

@@ -20,6 +20,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        # safetensors writes for the owner's eyes alone; who may list the folder may read what is in it.
+        mode = unfinished.stat().st_mode & 0o666
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -42,7 +42,7 @@ class TaskReport:
     cut_sources, cut_targets: shares over all splits.
     answers: (answer, count) of train, most frequent first.
     test_in_train: test instances whose input occurs in train too.
-    train_tokens, train_positions: of one epoch's batches; the difference is padding.
+    train_tokens, train_positions: of one epoch's batches, soft prompts among them; the difference is padding.
     """
 
     name: str
@@ -59,8 +59,8 @@ class TaskReport:
     problems: tuple[str, ...]
 
 
-def report_task(task: EncodedTask, buckets: Sequence[Bucket], *, batch_size: int) -> TaskReport:
-    """Counts one task. `buckets` and `batch_size` are those of training."""
+def report_task(task: EncodedTask, buckets: Sequence[Bucket], *, batch_size: int, prompt_length: int) -> TaskReport:
+    """Counts one task. `buckets` and `batch_size` are those of training, `prompt_length` that of the soft prompt."""
     splits = [getattr(task, name) for name in SPLITS]
     lengths = np.concatenate([split.lengths for split in splits])
     quantiles = np.quantile(lengths, QUANTILES, axis=0, method="higher").astype(int)
@@ -76,8 +76,8 @@ def report_task(task: EncodedTask, buckets: Sequence[Bucket], *, batch_size: int
         answers=tuple(collections.Counter(instance.outputs[0] for instance in task.task.train).most_common()),
         test_in_train=sum(instance.input in seen for instance in task.task.test),
         pseudo_samples=len(task.pseudo) if task.pseudo else 0,
-        train_tokens=int(task.train.lengths.sum()),
-        train_positions=count_positions(plan, 0),
+        train_tokens=int(task.train.lengths.sum()) + prompt_length * len(task.train),
+        train_positions=count_positions(plan, prompt_length),
         problems=task.task.problems,
     )
 
@@ -186,7 +186,8 @@ def inspect(config: Any, console: Console) -> tuple[list[TaskReport], PassReport
     start = time.perf_counter()
     model, tokenizer, stream = read_inputs(config)
     seconds = time.perf_counter() - start
-    reports = [report_task(task, stream.buckets, batch_size=config.train.batch_size) for task in stream.tasks]
+    rows = {"batch_size": config.train.batch_size, "prompt_length": stream.prompt_length}
+    reports = [report_task(task, stream.buckets, **rows) for task in stream.tasks]
     for task, report in zip(stream.tasks, reports, strict=True):
         _print_example(console, task, report, tokenizer)
     console.print(_table(reports))
@@ -197,7 +198,7 @@ def inspect(config: Any, console: Console) -> tuple[list[TaskReport], PassReport
         padding_side=model.padding_side,
     )
     train_rows = sum(report.rows[0] for report in reports)
-    padding = 1 - sum(r.train_tokens for r in reports) / sum(r.train_positions for r in reports)
+    padding = stream.padding(config.train.batch_size)
     console.print(f"{len(reports)} tasks, {train_rows} training rows, read and tokenised in {seconds:.1f} s")
     console.print(f"{len(stream.buckets)} bucket shapes (source, target): {', '.join(map(str, stream.buckets))}")
     console.print(f"padding of the training batches: {padding:.1%} (batches of {config.train.batch_size})")
