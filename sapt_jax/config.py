@@ -74,7 +74,8 @@ CHOICES = {
     "optimizer.schedule": SCHEDULES,
     "eval.references": REFERENCE_CHOICES,
 }
-# What may differ between two starts of one run: where things lie, how often it reports, and a longer task order.
+# What may differ between two starts of one run: where things lie, how often it reports, how it computes, and a longer
+# task order.
 FREE_ON_RESUME = (
     "task_order",
     "disabled_tasks",
@@ -86,6 +87,8 @@ FREE_ON_RESUME = (
     "eval.batch_size",
     "eval.unseen_tasks",
     "eval.single_task_runs",
+    "model.remat",
+    "model.attention",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
