@@ -36,10 +36,10 @@ $(VENV)/installed: $(VENV)/bin/python requirements.txt
 	$(PIP) install -r requirements.txt
 	@touch $@
 
+# libtpu is the TPU's compiler, where there is one for this machine; inside the environment JAX would look for a TPU.
 $(VENV)/installed-test: $(VENV)/bin/python requirements.txt requirements-test.txt
 	@echo "Installing what tests need into $(VENV)"
 	$(PIP) install -r requirements-test.txt
-	# The TPU compiler, where there is one for this machine; not in the environment, where JAX would look for a TPU.
 	-$(PIP) install --no-deps --target $(VENV)/libtpu libtpu==0.0.42.1
 	@touch $(VENV)/installed $@
 

@@ -12,6 +12,7 @@ from configs import common
 from sapt_jax.data.pseudo_samples import PSEUDO_SOURCES
 from sapt_jax.methods.sapt import LEARNING, SELECTION
 from sapt_jax.metrics import REFERENCE_CHOICES
+from sapt_jax.models.causal_attention import KERNELS
 from sapt_jax.models.loading import DTYPES
 from sapt_jax.optimization import SCHEDULES
 from sapt_jax.run_log import to_jsonable, write_text_atomically
@@ -71,6 +72,7 @@ CHOICES = {
     "attention.selection": SELECTION,
     "model.dtype": tuple(DTYPES),
     "model.param_dtype": tuple(DTYPES),
+    "model.attention": KERNELS,
     "optimizer.schedule": SCHEDULES,
     "eval.references": REFERENCE_CHOICES,
 }

@@ -39,14 +39,13 @@ RULES: Rules = (
 )
 
 # Logical axes of activations.
-TOKENS = ("batch", "length")
-STATES = (*TOKENS, "act_embed")
-QUERY = (*TOKENS, "heads", "head_dim")
-KEY_VALUE = (*TOKENS, "kv_heads", "head_dim")
+STATES = ("batch", "length", "act_embed")
+QUERY = ("batch", "length", "heads", "head_dim")
+KEY_VALUE = ("batch", "length", "kv_heads", "head_dim")
 CACHE = ("layers", *KEY_VALUE)
 CROSS_CACHE = ("layers", "batch", "kv_heads", "head_dim", "length")
-HIDDEN = (*TOKENS, "mlp")
-LOGITS = (*TOKENS, "vocab")
+HIDDEN = ("batch", "length", "mlp")
+LOGITS = ("batch", "length", "vocab")
 
 # Logical axes of the arrays beside the model's own, by name. In a bank, blocks have an axis "tasks" more.
 LEAF_AXES = {

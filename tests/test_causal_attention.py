@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapt_jax import partitioning
 from sapt_jax.models.causal_attention import causal_attention
 from sapt_jax.models.loading import make_model
-from sapt_jax.models.variants import T5_VARIANTS
+from sapt_jax.models.variants import LLAMA_VARIANTS, T5_VARIANTS
 
 SCALE = 0.3
 
@@ -70,18 +69,17 @@ def test_auto_is_the_plain_product_without_a_tpu():
     assert lowered.as_text() == plain.as_text()
 
 
-def test_every_device_runs_the_kernel_on_its_rows():
-    query, key, value, valid = inputs()
-    mesh = partitioning.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    with jax.set_mesh(mesh):
-        out = jax.jit(functools.partial(causal_attention, scale=SCALE, kernel="splash"))(query, key, value, valid)
-    alone = causal_attention(query, key, value, valid, SCALE, "splash")
-    np.testing.assert_array_equal(out, alone)
+def test_a_kernel_of_other_devices_is_refused():
+    query, key, value, valid = inputs(length=16)
+    with pytest.raises(ValueError, match="config.model.attention='cudnn' is not for CPUs; choose auto"):
+        causal_attention(query, key, value, jnp.asarray(valid), SCALE, "cudnn")
 
 
-def test_unknown_kernels_and_those_that_t5_cannot_use_are_refused():
+def test_kernels_that_are_unknown_or_do_not_go_with_the_model_are_refused():
     shape = T5_VARIANTS["t5-small"]
     with pytest.raises(ValueError, match="config.model.attention='flash' is unknown; choose one of auto, xla, splash"):
         make_model(shape, "float32", "none", "flash")
     with pytest.raises(ValueError, match="config.model.attention='splash' takes none of T5's biases"):
         make_model(shape, "float32", "none", "splash")
+    with pytest.raises(ValueError, match="'cudnn' needs config.model.dtype='bfloat16', not 'float32'"):
+        make_model(LLAMA_VARIANTS["llama-tiny"], "float32", "none", "cudnn")

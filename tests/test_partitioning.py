@@ -24,6 +24,7 @@ import dataclasses, json
 import flax.linen as nn
 import jax, jax.numpy as jnp, numpy as np
 from sapt_jax import partitioning
+from sapt_jax.models.causal_attention import causal_attention
 from sapt_jax.models.loading import VARIANTS, init_params, make_model
 
 def mesh_of(*sizes):
@@ -56,7 +57,8 @@ for name in ("llama-tiny", "t5-tiny"):
 
     rng = np.random.default_rng(0)
     ids, mask = rng.integers(3, config.vocab_size, (4, 6)).astype(np.int32), np.ones((4, 6), bool)
-    batch = {"source": ids, "source_mask": mask, "target": ids[:, ::-1].copy(), "target_mask": mask}
+    source_mask = np.arange(6)[None] >= np.array([0, 2, 1, 3])[:, None]
+    batch = {"source": ids, "source_mask": source_mask, "target": ids[:, ::-1].copy(), "target_mask": mask}
     logits = []
     for split in (mesh, partitioning.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])):
         with jax.set_mesh(split), nn.logical_axis_rules(partitioning.RULES):
@@ -68,10 +70,20 @@ for name in ("llama-tiny", "t5-tiny"):
     if name == "llama-tiny":
         kernel = make_model(config, "float32", "none", "splash")
         with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
-            params = init_params(model, partitioning.abstract_params(model, mesh, jnp.float32), 0)
+            params = init_params(kernel, partitioning.abstract_params(kernel, mesh, jnp.float32), 0)
             placed = partitioning.place_batch(batch, mesh)
             of_kernel = jax.jit(lambda p, b: kernel.apply({"params": p}, **b))(params, placed)
         found["kernel difference"] = float(np.abs(np.asarray(of_kernel) - np.asarray(logits[1])).max())
+
+arrays = [rng.standard_normal((4, 20, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
+valid = np.arange(20)[None] >= np.array([0, 3, 9, 1])[:, None]
+alone = np.asarray(causal_attention(*arrays, jnp.asarray(valid), 0.3, "xla"))
+found["rules"] = {}
+for overrides in ((), (("kv_heads", None),), (("length", "tensor"),), (("head_dim", "tensor"), ("heads", None))):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.make_rules(overrides)):
+        attend = jax.jit(lambda *arrays: causal_attention(*arrays, 0.3, "splash"))
+        out = np.asarray(attend(*arrays, valid))
+    found["rules"][str(overrides)] = float(np.abs((out - alone) * valid[:, :, None, None]).max())
 
 placed = partitioning.place_batch({"source": np.arange(24).reshape(8, 3)}, mesh)["source"]
 shards = placed.addressable_shards
@@ -146,6 +158,12 @@ def test_splitting_changes_no_logits(variant, found):
 
 def test_the_attention_kernel_runs_on_each_device_s_rows_and_heads(found):
     assert found["kernel difference"] < 1e-4
+
+
+def test_attention_is_the_same_whatever_the_rules_split(found):
+    assert len(found["rules"]) == 4
+    for rules, difference in found["rules"].items():
+        assert difference < 1e-5, rules
 
 
 @pytest.mark.parametrize(("variant", "stacks"), [("llama-tiny", ["decoder"]), ("t5-tiny", ["encoder", "decoder"])])

@@ -84,7 +84,7 @@ def report_task(task: EncodedTask, buckets: Sequence[Bucket], *, batch_size: int
 
 @dataclasses.dataclass(frozen=True)
 class PassReport:
-    """What one epoch of training and one pass over dev and test made, and in what time."""
+    """What one epoch of training and one pass over dev and test made, soft prompts among it, and in what time."""
 
     batches: int
     rows: int
@@ -125,9 +125,10 @@ def full_pass(stream: Stream, *, train_batch_size: int, eval_batch_size: int, pa
         for batch in [*made, *evaluated]:
             masks = [array for name, array in batch.items() if name.endswith("mask")]
             batches += 1
-            rows += int(batch["source_mask"].any(1).sum())
-            tokens += sum(int(mask.sum()) for mask in masks)
-            positions += sum(mask.size for mask in masks)
+            real = int(batch["source_mask"].any(1).sum())
+            rows += real
+            tokens += sum(int(mask.sum()) for mask in masks) + stream.prompt_length * real
+            positions += sum(mask.size for mask in masks) + stream.prompt_length * len(batch["source"])
     return PassReport(batches, rows, tokens, positions, time.perf_counter() - start)
 
 

@@ -1,16 +1,20 @@
 """Causal self-attention over a padded batch, by the kernel that suits the devices of the mesh in force."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import PartitionSpec
 
-from sapt_jax.partitioning import KEY_VALUE, QUERY, TOKENS, divides, spec_of
+from sapt_jax.partitioning import KEY_VALUE, QUERY, divides, spec_of
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
+# A CPU interprets the splash kernel, for tests.
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu", "cuda")}
 
-# The splash kernel takes positions in blocks of a multiple of 128, and needs no longer ones than 1024.
+# The splash kernel takes positions in blocks of a multiple of 128; longer ones than 1024 gain nothing.
 BLOCK_STEP = 128
 LONGEST_BLOCK = 1024
 
@@ -23,31 +27,54 @@ def causal_attention(
     Args:
       query: [B, L, N, H]; key, value: [B, L, K, H], with N a multiple of K.
       valid: [B, L] bool. What comes out at other places is finite and means nothing.
-      kernel: "xla"; "splash", for TPUs, or "cudnn", for NVIDIA GPUs, neither of which holds [L, L] scores in memory;
-        or "auto", which is splash on TPUs and xla elsewhere.
+      kernel: "xla"; "splash", for TPUs, or "cudnn", for NVIDIA GPUs, which hold no [N, L, L] scores in memory; or
+        "auto", which is splash on TPUs and xla elsewhere. Where the mesh does not split the rows or the heads evenly,
+        it is xla.
 
     Returns:
       [B, L, N, H].
+
+    Raises:
+      ValueError: the kernel is for other devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     if kernel == "auto":
-        # The compiler splits heads that the mesh does not divide; a kernel has to have whole ones.
-        whole = mesh.empty or (divides(mesh, query.shape, QUERY) and divides(mesh, key.shape, KEY_VALUE))
-        kernel = "splash" if platform == "tpu" and whole else "xla"
-    if kernel != "splash":
-        # cuDNN takes no mask that is broadcast along the queries.
-        mask = jnp.broadcast_to(valid[:, None, None, :], (len(valid), 1, valid.shape[1], valid.shape[1]))
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=True, scale=scale, implementation=kernel
-        )
-    attend = functools.partial(_splash, scale=scale, interpret=platform != "tpu")
+        kernel = "splash" if platform == "tpu" else "xla"
+    if platform not in PLATFORMS.get(kernel, (platform,)):
+        raise ValueError(f"config.model.attention={kernel!r} is not for {platform.upper()}s; choose auto.")
+    if kernel == "xla" or not (mesh.empty or _splits_evenly(mesh, query, key)):
+        mask = valid[:, None, None, :]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True, scale=scale)
+    if kernel == "splash":
+        attend = functools.partial(_splash, scale=scale, interpret=platform == "cpu")
+    else:
+        attend = functools.partial(_cudnn, scale=scale)
     if not mesh.empty:
-        # Each device runs the kernel on its own rows and heads.
-        query_spec, key_spec, valid_spec = (spec_of(axes) for axes in (QUERY, KEY_VALUE, TOKENS))
-        specs = (query_spec, key_spec, key_spec, valid_spec)
-        attend = jax.shard_map(attend, in_specs=specs, out_specs=query_spec, check_vma=False)
+        # Each device runs the kernel on its own rows and heads, at all positions.
+        rows, heads = spec_of(QUERY)[0], spec_of(QUERY)[2]
+        split = PartitionSpec(rows, None, heads, None)
+        specs = (split, split, split, PartitionSpec(rows, None))
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=split, check_vma=False)
     return attend(query, key, value, valid)
+
+
+def _splits_evenly(mesh: Any, query: jax.Array, key: jax.Array) -> bool:
+    """Whether each device has whole rows, and the query heads of the key heads that it has."""
+    together = spec_of(QUERY)[2] == spec_of(KEY_VALUE)[2]
+    return together and divides(mesh, query.shape, QUERY) and divides(mesh, key.shape, KEY_VALUE)
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, scale: float) -> jax.Array:
+    """`causal_attention` of the rows and heads of one device, by cuDNN, with a mask of [L, L] for each row."""
+    length = query.shape[1]
+    # With a mask, cuDNN's gradient needs an even length.
+    query, key, value, valid = (_pad(x, length + length % 2) for x in (query, key, value, valid))
+    mask = jnp.broadcast_to(valid[:, None, None, :], (len(valid), 1, valid.shape[1], valid.shape[1]))
+    mixed = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=True, scale=scale, implementation="cudnn"
+    )
+    return mixed[:, :length]
 
 
 def _splash(
@@ -72,16 +99,14 @@ def _splash(
         q_seq_shards=1,
         interpret=interpret,
     )
-
-    def heads_first(x):
-        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
-
+    query = query * jnp.asarray(scale, query.dtype)
+    query, key, value = (_pad(x, padded).swapaxes(1, 2) for x in (query, key, value))
     # Padding is a segment of its own: tokens do not see it, and it sees something, so that nothing divides by zero.
-    segments = jnp.pad(valid, ((0, 0), (0, padded - length))).astype(jnp.int32)
-    mixed = jax.vmap(kernel)(
-        heads_first(query * jnp.asarray(scale, query.dtype)),
-        heads_first(key),
-        heads_first(value),
-        splash_attention_kernel.SegmentIds(segments, segments),
-    )
+    segments = _pad(valid, padded).astype(jnp.int32)
+    mixed = jax.vmap(kernel)(query, key, value, splash_attention_kernel.SegmentIds(segments, segments))
     return mixed.swapaxes(1, 2)[:, :length]
+
+
+def _pad(x: jax.Array, length: int) -> jax.Array:
+    """Zeros after x [B, L, ...], up to [B, length, ...]."""
+    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))

@@ -35,7 +35,7 @@ def make_model(model_config: Any, dtype: str, remat: str, attention: str = "auto
     """The Linen module of a shape. `dtype`, `remat` and `attention` as in `config.model`.
 
     Raises:
-      ValueError: an unknown one of them, or an attention kernel that the architecture cannot use.
+      ValueError: an unknown dtype or attention, or an attention that does not go with the dtype or the architecture.
     """
     if dtype not in DTYPES:
         raise ValueError(f"config.model.dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
