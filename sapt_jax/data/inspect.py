@@ -22,8 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sapt_jax.data.batching import count_positions, epoch_plan, eval_batches, steps_per_epoch, train_batches
-from sapt_jax.data.buckets import Bucket
+from sapt_jax.data.batching import eval_batches, steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask, Stream
 from sapt_jax.data.tokenizers import Tokenizer
 from sapt_jax.learner import read_inputs
@@ -59,12 +58,11 @@ class TaskReport:
     problems: tuple[str, ...]
 
 
-def report_task(task: EncodedTask, buckets: Sequence[Bucket], *, batch_size: int, prompt_length: int) -> TaskReport:
-    """Counts one task. `buckets` and `batch_size` are those of training, `prompt_length` that of the soft prompt."""
+def report_task(task: EncodedTask, train_tokens: int, train_positions: int) -> TaskReport:
+    """Counts one task, beside what `Stream.occupancy` says of its training batches."""
     splits = [getattr(task, name) for name in SPLITS]
     lengths = np.concatenate([split.lengths for split in splits])
     quantiles = np.quantile(lengths, QUANTILES, axis=0, method="higher").astype(int)
-    plan = epoch_plan(task.train.lengths, buckets, batch_size=batch_size, seed=0, task_index=0, epoch=0)
     seen = {instance.input for instance in task.task.train}
     return TaskReport(
         name=task.name,
@@ -76,8 +74,8 @@ def report_task(task: EncodedTask, buckets: Sequence[Bucket], *, batch_size: int
         answers=tuple(collections.Counter(instance.outputs[0] for instance in task.task.train).most_common()),
         test_in_train=sum(instance.input in seen for instance in task.task.test),
         pseudo_samples=len(task.pseudo) if task.pseudo else 0,
-        train_tokens=int(task.train.lengths.sum()) + prompt_length * len(task.train),
-        train_positions=count_positions(plan, prompt_length),
+        train_tokens=train_tokens,
+        train_positions=train_positions,
         problems=task.task.problems,
     )
 
@@ -187,8 +185,8 @@ def inspect(config: Any, console: Console) -> tuple[list[TaskReport], PassReport
     start = time.perf_counter()
     model, tokenizer, stream = read_inputs(config)
     seconds = time.perf_counter() - start
-    rows = {"batch_size": config.train.batch_size, "prompt_length": stream.prompt_length}
-    reports = [report_task(task, stream.buckets, **rows) for task in stream.tasks]
+    occupancy = stream.occupancy(config.train.batch_size)
+    reports = [report_task(task, *occupancy[task.name]) for task in stream.tasks]
     for task, report in zip(stream.tasks, reports, strict=True):
         _print_example(console, task, report, tokenizer)
     console.print(_table(reports))

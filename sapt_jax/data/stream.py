@@ -65,16 +65,20 @@ class Stream:
             )
         return counts
 
-    def padding(self, batch_size: int) -> float:
-        """The share of the positions of one training epoch of all tasks that holds no token."""
-        tokens = positions = 0
+    def occupancy(self, batch_size: int) -> dict[str, tuple[int, int]]:
+        """Tokens and positions of one training epoch of each task, those of soft prompts among both."""
+        counts = {}
         for index, task in enumerate(self.tasks):
             plan = epoch_plan(
                 task.train.lengths, self.buckets, batch_size=batch_size, seed=0, task_index=index, epoch=0
             )
-            prompts = self.prompt_length * len(task.train)
-            tokens += task.train.lengths.sum() + prompts
-            positions += count_positions(plan, self.prompt_length)
+            tokens = int(task.train.lengths.sum()) + self.prompt_length * len(task.train)
+            counts[task.name] = tokens, count_positions(plan, self.prompt_length)
+        return counts
+
+    def padding(self, batch_size: int) -> float:
+        """The share of the positions of one training epoch of all tasks that holds no token."""
+        tokens, positions = map(sum, zip(*self.occupancy(batch_size).values(), strict=True))
         return 1.0 - tokens / positions
 
 

@@ -52,7 +52,7 @@ def causal_attention(
         attend = functools.partial(_cudnn, scale=scale)
     if not mesh.empty:
         # Each device runs the kernel on its own rows and heads, at all positions.
-        rows, heads = spec_of(QUERY)[0], spec_of(QUERY)[2]
+        rows, _, heads, _ = spec_of(QUERY)
         split = PartitionSpec(rows, None, heads, None)
         specs = (split, split, split, PartitionSpec(rows, None))
         attend = jax.shard_map(attend, in_specs=specs, out_specs=split, check_vma=False)
