@@ -9,7 +9,7 @@ import numpy as np
 from absl import app
 
 from benchmarks import setting
-from sapt_jax.decoding import make_generate
+from sapt_jax.decoding.search import make_generate
 
 
 def measure(config, dtype: str, mesh) -> tuple[list[float], object]:

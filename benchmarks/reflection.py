@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import setting, train_step
-from sapt_jax import partitioning
+from sapt_jax import sharding
 
 
 def main(_) -> None:
     config = setting.CONFIG.value
-    mesh = partitioning.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     last = setting.TASKS.value - 1
     calls, operations = [], []
-    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         for kl_ratio in (0.0, config.kl_ratio):
             config.kl_ratio = kl_ratio
             call_at, compiled = train_step.prepare(config, config.model.dtype, mesh)

@@ -13,10 +13,10 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from sapt_jax import partitioning
-from sapt_jax.learner import make_method
-from sapt_jax.methods.protocol import Method
-from sapt_jax.models.loading import DTYPES, init_params, make_model, read_shape
+from sapt_jax import sharding
+from sapt_jax.methods.base import Method
+from sapt_jax.models.families import DTYPES, init_params, make_model, read_shape
+from sapt_jax.run import make_method
 from sapt_jax.state import Frozen, Trainable, init_frozen
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -34,7 +34,7 @@ def make_setting(config: Any, dtype: str, mesh: Any) -> tuple[Any, Method, Froze
     """(model, method, frozen tree with every slot filled, trainable tree) for a config."""
     shape = read_shape(config.model.path, config.model.variant)
     model = make_model(shape, dtype, config.model.remat, config.model.attention)
-    base = init_params(model, partitioning.abstract_params(model, mesh, DTYPES[dtype]), seed=0)
+    base = init_params(model, sharding.abstract_params(model, mesh, DTYPES[dtype]), seed=0)
     method = make_method(config)
     sites, d_model = model.pet_sites(model.config), model.config.d_model
     table = base["token_embedder"]["embedding"]
@@ -43,7 +43,7 @@ def make_setting(config: Any, dtype: str, mesh: Any) -> tuple[Any, Method, Froze
     frozen = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(x.dtype), frozen)
     frozen = frozen.replace(enabled=np.ones((TASKS.value,), bool), targets=np.eye(TASKS.value, dtype=np.float32))
     trainable = method.open_task(jax.random.key(0), sites, table, None)
-    frozen, trainable = partitioning.replicate((frozen, trainable), mesh)
+    frozen, trainable = sharding.replicate((frozen, trainable), mesh)
     return model, method, frozen.replace(base=base), trainable
 
 
@@ -54,7 +54,7 @@ def random_batch(vocab_size: int, mesh: Any) -> dict[str, jax.Array]:
     for name, length in (("source", SOURCE.value), ("target", TARGET.value)):
         batch[name] = rng.integers(3, vocab_size, (ROWS.value, length)).astype(np.int32)
         batch[f"{name}_mask"] = np.ones((ROWS.value, length), bool)
-    return partitioning.place_batch(batch, mesh)
+    return sharding.place_batch(batch, mesh)
 
 
 def median_seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
@@ -84,7 +84,7 @@ def run(title: str, measure: Callable[[Any, str, Any], tuple[list[float], Any]])
       measure: (config, type, mesh) -> (seconds at the first and at the last task, compiled program).
     """
     config = CONFIG.value
-    mesh = partitioning.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     device = jax.devices()[0]
     shape = f"{ROWS.value} x ({SOURCE.value} + {TARGET.value})"
     table = Table(
@@ -93,7 +93,7 @@ def run(title: str, measure: Callable[[Any, str, Any], tuple[list[float], Any]])
     for name in ("type", "task", "ms", "tokens/s", "peak MiB", f"task {TASKS.value} / task 1"):
         table.add_column(name, justify="right")
     tokens = ROWS.value * (SOURCE.value + TARGET.value)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         for dtype in DTYPE_NAMES.value:
             seconds, compiled = measure(config, dtype, mesh)
             ratios = ("", f"{seconds[1] / seconds[0]:.3f}")

@@ -175,6 +175,6 @@ def get_config() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
-    # Pairs that replace rules of sapt_jax/partitioning.py: (("embed", None),) keeps every device a whole weight matrix.
+    # Pairs that replace rules of sapt_jax/sharding.py: (("embed", None),) keeps every device a whole weight matrix.
     c.mesh.rules = ()
     return c

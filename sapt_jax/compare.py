@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from sapt_jax import run_log, terminal
+from sapt_jax.results import run_log, terminal
 
 METHOD_NAMES = {"sapt": "SAPT-LoRA", "seq_lora": "sequential LoRA"}
 

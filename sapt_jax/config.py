@@ -9,13 +9,13 @@ import jax
 from etils import epath
 
 from configs import common
-from sapt_jax.data.pseudo_samples import PSEUDO_SOURCES
 from sapt_jax.methods.sapt import LEARNING, SELECTION
-from sapt_jax.metrics import REFERENCE_CHOICES
-from sapt_jax.models.causal_attention import KERNELS
-from sapt_jax.models.loading import DTYPES
+from sapt_jax.models.families import DTYPES
+from sapt_jax.models.kernels import KERNELS
 from sapt_jax.optimization import SCHEDULES
-from sapt_jax.run_log import to_jsonable, write_text_atomically
+from sapt_jax.pseudo_samples.read import PSEUDO_SOURCES
+from sapt_jax.results.metrics import REFERENCE_CHOICES
+from sapt_jax.results.run_log import to_jsonable, write_text_atomically
 
 POSITIVE = (
     "pet.rank",

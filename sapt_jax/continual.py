@@ -9,15 +9,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from sapt_jax import checkpoints, metrics, partitioning, preemption, run_log, terminal
+from sapt_jax import sharding
 from sapt_jax.config import check_config, check_same_run, flatten, record_config
 from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES, resolve_task_order
 from sapt_jax.data.stream import split_names
 from sapt_jax.fit import fit
-from sapt_jax.generator import make_generator, with_written_pool
-from sapt_jax.learner import Learner, build, make_method
+from sapt_jax.pseudo_samples.writer import make_generator, with_written_pool
+from sapt_jax.results import metrics, run_log, terminal
+from sapt_jax.run import Learner, build, make_method
 from sapt_jax.state import Frozen, Trainable, grow
-from sapt_jax.workdir import as_path
+from sapt_jax.storage import checkpoints, preemption
+from sapt_jax.storage.paths import as_path
 
 # The settings that a score depends on beside model and training; they are told with every score.
 PROTOCOL = (
@@ -66,8 +68,8 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
     checkpoints.check_order(workdir, names)
     disabled = _disabled_tasks(config, names, workdir)
     single_task_scores = _single_task_scores(config, names)
-    mesh = partitioning.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(partitioning.make_rules(config.mesh.rules)):
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.make_rules(config.mesh.rules)):
         learner, base = build(config, mesh)
         record_config(config, workdir)
         return _run_tasks(config, learner, base, workdir, disabled, single_task_scores)
@@ -106,7 +108,7 @@ def _run_tasks(
             if checkpoints.has_committed(folder):
                 saved = learner.init_frozen(base, checkpoints.saved_capacity(folder), ())
                 saved, trainable = checkpoints.load_committed(folder, saved, fresh)
-                rest = partitioning.place(grow(saved.replace(base=None), capacity), learner.mesh)
+                rest = sharding.place(grow(saved.replace(base=None), capacity), learner.mesh)
                 frozen = rest.replace(base=base, enabled=frozen.enabled)
             else:
                 trainable = fit(config, learner, frozen, fresh, index, folder, log, "train", console)

@@ -11,17 +11,17 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from sapt_jax import preemption
-from sapt_jax.checkpoints import Loop, TaskCheckpoints
 from sapt_jax.data.batching import steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask
-from sapt_jax.learner import Learner
-from sapt_jax.metrics import score_task
-from sapt_jax.partitioning import own_slice, place_batch, replicate
-from sapt_jax.run_log import RunLog
+from sapt_jax.programs import TaskScalars
+from sapt_jax.results.metrics import score_task
+from sapt_jax.results.run_log import RunLog
+from sapt_jax.results.terminal import TrainingProgress
+from sapt_jax.run import Learner
+from sapt_jax.sharding import own_slice, place_batch, replicate
 from sapt_jax.state import Frozen, Trainable
-from sapt_jax.terminal import TrainingProgress
-from sapt_jax.train import TaskScalars
+from sapt_jax.storage import preemption
+from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
 
 CLOSED_GATE = 0.01
 

@@ -15,8 +15,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sapt_jax import continual, preemption
+from sapt_jax import continual
 from sapt_jax.config import unknown_fields
+from sapt_jax.storage import preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, scores and logs go: a folder, gs:// or s3://.")

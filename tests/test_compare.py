@@ -3,7 +3,8 @@ import io
 import numpy as np
 import pytest
 
-from sapt_jax import compare, metrics, run_log
+from sapt_jax import compare
+from sapt_jax.results import metrics, run_log
 
 
 def _write(folder, method, matrix, task_order=("a", "b")):

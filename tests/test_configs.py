@@ -11,8 +11,8 @@ from ml_collections import config_flags
 from configs import ablations, common, paper
 from sapt_jax.config import check_config, flatten
 from sapt_jax.data.benchmarks import TASK_ORDERS, resolve_task_order
-from sapt_jax.learner import make_method
-from sapt_jax.models.loading import DTYPES, VARIANTS
+from sapt_jax.models.families import DTYPES, VARIANTS
+from sapt_jax.run import make_method
 
 FOLDER = Path(common.__file__).parent
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "common", "paper"))

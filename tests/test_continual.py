@@ -6,16 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sapt_jax import continual
-from tests.run_files import assert_same_arrays, committed, predictions
-from tests.tiny import tiny_config, write_tasks
-
-REPOSITORY = Path(__file__).parent.parent
+from tests.helpers.paths import REPOSITORY
+from tests.helpers.run_files import assert_same_arrays, committed, predictions
+from tests.helpers.tiny import tiny_config, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def test_the_same_command_again_changes_nothing(finished, data_dir):
 
 def start(data_dir, workdir):
     script = (
-        "import sys; from sapt_jax import continual; from tests.tiny import tiny_config; "
+        "import sys; from sapt_jax import continual; from tests.helpers.tiny import tiny_config; "
         "continual.run(tiny_config(sys.argv[1], **{'train.checkpoint_every_steps': 2}), sys.argv[2])"
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from sapt_jax import continual
-from sapt_jax.checkpoints import Loop
 from sapt_jax.fit import _after_evaluation, total_steps
-from tests.tiny import tiny_config, write_tasks
+from sapt_jax.storage.checkpoints import Loop
+from tests.helpers.tiny import tiny_config, write_tasks
 
 
 def test_steps_of_a_task(tmp_path):

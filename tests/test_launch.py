@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+from tests.helpers.paths import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
 SCRIPTS = ("tpu_vm.sh", "slurm.sbatch")
 # What a shell would split, expand or run if it were not quoted.
 AWKWARD = ["--config.task_order=one task,it's two", '--config.note=$HOME `id` "; touch sapt_was_here', "--config.x=*"]

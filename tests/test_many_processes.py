@@ -9,18 +9,18 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sapt_jax import partitioning, preemption
-from tests.run_files import assert_same_arrays, committed, predictions
-from tests.tiny import write_tasks
+from sapt_jax import sharding
+from sapt_jax.storage import preemption
+from tests.helpers.paths import REPOSITORY
+from tests.helpers.run_files import assert_same_arrays, committed, predictions
+from tests.helpers.tiny import write_tasks
 
-REPOSITORY = Path(__file__).parent.parent
 CONFIG = """
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 def get_config():
     return tiny_config({data_dir!r}, task_order="shout,mirror", **{{
@@ -142,7 +142,7 @@ class FakeMesh:
 
     def __init__(self, processes):
         self.devices = np.vectorize(Device, otypes=[object])(np.array(processes))
-        self.shape = dict(zip(partitioning.AXES, self.devices.shape, strict=True))
+        self.shape = dict(zip(sharding.AXES, self.devices.shape, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ class FakeMesh:
     ],
 )
 def test_processes_that_hold_the_same_rows_read_the_same(processes, slices):
-    assert partitioning.batch_slices(FakeMesh(processes)) == slices
+    assert sharding.batch_slices(FakeMesh(processes)) == slices
 
 
 @pytest.mark.parametrize("processes", [[[[0]], [[0]], [[1]]], [[[0, 1]], [[1, 2]]]])
 def test_uneven_shares_of_a_batch_are_an_error(processes):
     with pytest.raises(ValueError, match="processes unequal or overlapping parts of a batch"):
-        partitioning.check_batch_sizes({"train.batch_size": 6}, FakeMesh(processes))
+        sharding.check_batch_sizes({"train.batch_size": 6}, FakeMesh(processes))

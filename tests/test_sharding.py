@@ -1,144 +1,245 @@
-"""Meshes of eight devices against one: the same losses, gradients, attention and answers; what is split how, and what
-of it travels. The programs run in tests/on_eight_devices.py.
+"""The mesh, the shardings of every parameter, and that splitting changes no logits: on eight fake CPU devices.
 
-tests/goldens/shardings.txt holds what the meshes of the named configs split. To write it anew:
-
-    python -m tests.test_sharding
+The number of devices is fixed when JAX starts, so what needs eight of them runs once in a process of its own.
 """
 
-import difflib
+import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.on_eight_devices import COVER, PETS, RANK, STEPS, TARGET, TASKS
+from sapt_jax import sharding
+from tests.helpers.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
-GOLDENS = REPOSITORY / "tests" / "goldens" / "shardings.txt"
-TOLERANCE = 1e-5
-LAYERS, D_MODEL, VOCAB = 2, 32, 384
-PAIRS = [(family, pet) for family in COVER for pet in PETS]
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+ON_EIGHT_DEVICES = """
+import dataclasses, json
+import flax.linen as nn
+import jax, jax.numpy as jnp, numpy as np
+from sapt_jax import sharding
+from sapt_jax.models.kernels import causal_attention
+from sapt_jax.models.families import VARIANTS, init_params, make_model
 
+def mesh_of(*sizes):
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
 
-def run_programs(folder):
-    """Both families at once, each in its own process."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    running = {}
-    for family in COVER:
-        (folder / family).mkdir()
-        command = [sys.executable, "-m", "tests.on_eight_devices", str(folder / family), family]
-        running[family] = subprocess.Popen(
-            command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    for family, process in running.items():
-        output, _ = process.communicate(timeout=1800)
-        assert process.returncode == 0, f"{family}: {output}"
-        # What XLA says where it has to make an activation whole to split it otherwise.
-        assert "Involuntary full rematerialization" not in output, output
+def error_of(function, *args):
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
 
+found = {"meshes": [], "mesh_errors": []}
+for sizes in ((-1, 1, 1), (2, -1, 2), (1, 1, -1), (2, 4, 1)):
+    found["meshes"].append(list(mesh_of(*sizes).shape.values()))
+for sizes in ((2, 2, 1), (-1, 3, 1), (-1, -1, 1), (0, 2, 2), (-2, -4, 1), (16, 1, 1)):
+    found["mesh_errors"].append(error_of(mesh_of, *sizes))
 
-def golden_text(folder):
-    return "".join((folder / family / "shardings.txt").read_text() for family in COVER)
+mesh = mesh_of(2, 2, 2)
+for name in ("llama-tiny", "t5-tiny"):
+    config = dataclasses.replace(VARIANTS[name], tie_embeddings=False)
+    model = make_model(config, "float32", "none")
+    abstract = sharding.abstract_params(model, mesh, jnp.bfloat16)
+    found[name] = {
+        jax.tree_util.keystr(path): [x.shape, x.sharding.shard_shape(x.shape), str(x.dtype), str(x.sharding.spec)]
+        for path, x in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+    wide = mesh_of(1, 1, 8)
+    uneven = make_model(dataclasses.replace(config, d_ff=20), "float32", "none")
+    found[name + " uneven"] = error_of(sharding.abstract_params, uneven, wide, jnp.float32)
+
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(3, config.vocab_size, (4, 6)).astype(np.int32), np.ones((4, 6), bool)
+    source_mask = np.arange(6)[None] >= np.array([0, 2, 1, 3])[:, None]
+    batch = {"source": ids, "source_mask": source_mask, "target": ids[:, ::-1].copy(), "target_mask": mask}
+    logits = []
+    for split in (mesh, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])):
+        with jax.set_mesh(split), nn.logical_axis_rules(sharding.RULES):
+            params = init_params(model, sharding.abstract_params(model, split, jnp.float32), 0)
+            placed = sharding.place_batch(batch, split)
+            logits.append(jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, placed))
+    found[name + " difference"] = float(np.abs(np.asarray(logits[0]) - np.asarray(logits[1])).max())
+    found[name + " size"] = float(np.abs(np.asarray(logits[1])).max())
+    if name == "llama-tiny":
+        kernel = make_model(config, "float32", "none", "splash")
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            params = init_params(kernel, sharding.abstract_params(kernel, mesh, jnp.float32), 0)
+            placed = sharding.place_batch(batch, mesh)
+            of_kernel = jax.jit(lambda p, b: kernel.apply({"params": p}, **b))(params, placed)
+        found["kernel difference"] = float(np.abs(np.asarray(of_kernel) - np.asarray(logits[1])).max())
+
+arrays = [rng.standard_normal((4, 20, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
+valid = np.arange(20)[None] >= np.array([0, 3, 9, 1])[:, None]
+alone = np.asarray(causal_attention(*arrays, jnp.asarray(valid), 0.3, "xla"))
+found["rules"] = {}
+for overrides in ((), (("kv_heads", None),), (("length", "tensor"),), (("head_dim", "tensor"), ("heads", None))):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.make_rules(overrides)):
+        attend = jax.jit(lambda *arrays: causal_attention(*arrays, 0.3, "splash"))
+        out = np.asarray(attend(*arrays, valid))
+    found["rules"][str(overrides)] = float(np.abs((out - alone) * valid[:, :, None, None]).max())
+
+placed = sharding.place_batch({"source": np.arange(24).reshape(8, 3)}, mesh)["source"]
+shards = placed.addressable_shards
+found["rows"] = sorted([shard.index[0].start or 0, np.asarray(shard.data)[:, 0].tolist()] for shard in shards)
+copies = sharding.replicate({"x": np.arange(6)}, mesh)["x"]
+found["copies"] = [np.asarray(shard.data).tolist() for shard in copies.addressable_shards]
+found["batch_error"] = error_of(sharding.check_batch_sizes, {"train.batch_size": 6, "eval.batch_size": 8}, mesh)
+found["no_batch_error"] = error_of(sharding.check_batch_sizes, {"train.batch_size": 4, "eval.batch_size": 8}, mesh)
+print("FOUND" + json.dumps(found))
+"""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharding")
-    run_programs(folder)
-    return folder
+def found():
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("FOUND")[1])
 
 
-@pytest.fixture(scope="module")
-def results(folder):
-    return {family: dict(np.load(folder / family / "results.npz")) for family in COVER}
+def test_a_mesh_takes_what_is_left(found):
+    assert found["meshes"] == [[8, 1, 1], [2, 2, 2], [1, 1, 8], [2, 4, 1]]
 
 
-def compare(results, family, pet, name):
-    """Every array of a mesh with that of one device: numbers within the tolerance, ids equal."""
-    title = f"{family} {pet}"
-    found, one = (
-        {key.removeprefix(of): x for key, x in results.items() if key.startswith(f"{of}task")}
-        for of in (f"{title} {name} ", f"{title} one ")
-    )
-    assert len(found) > 20 and found.keys() <= one.keys()
-    for key, x in found.items():
-        if x.dtype == np.float32:
-            np.testing.assert_allclose(x, one[key], rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"{title} {name} {key}")
-        else:
-            np.testing.assert_array_equal(x, one[key], err_msg=f"{title} {name} {key}")
+def test_a_mesh_that_does_not_fit_is_an_error(found):
+    for error in found["mesh_errors"]:
+        assert error is not None and error.startswith("config.mesh {'data': ") and "does not fit 8 device(s)" in error
 
 
-@pytest.mark.parametrize(("family", "pet"), PAIRS)
-def test_a_mesh_learns_and_answers_as_one_device(family, pet, results):
-    """Two tasks of two steps, with the commit between them: losses, gradients, trees, attention, answers, banks."""
-    found = results[family]
-    for step in range(STEPS):
-        of_step = f"{family} {pet} one task 1 step {step}"
-        gradients = [x for key, x in found.items() if key.startswith(of_step) and ".trace.slot" in key]
-        assert gradients and all(np.abs(x).max() > 1e-3 for x in gradients)
-    assert len(np.unique(found[f"{family} {pet} one task 1 end [0]['tokens']"])) > 3
-    for name in COVER[family][pet]:
-        compare(found, family, pet, name)
+# What splits each dimension of a parameter: the layers of a stack are not split, norms are whole on every device.
+LLAMA_SPLITS = {
+    "['token_embedder']['embedding']": ("tensor", "fsdp"),
+    "['decoder']['layers']['pre_self_attention_layer_norm']['scale']": (None, None),
+    "['decoder']['layers']['self_attention']['query']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['self_attention']['key']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['self_attention']['value']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['self_attention']['out']['kernel']": (None, "tensor", "fsdp"),
+    "['decoder']['layers']['pre_mlp_layer_norm']['scale']": (None, None),
+    "['decoder']['layers']['mlp']['wi_0']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['mlp']['wi_1']['kernel']": (None, "fsdp", "tensor"),
+    "['decoder']['layers']['mlp']['wo']['kernel']": (None, "tensor", "fsdp"),
+    "['decoder']['decoder_norm']['scale']": (None,),
+    "['decoder']['logits_dense']['kernel']": ("fsdp", "tensor"),
+}
 
 
-@pytest.mark.parametrize(("family", "pet"), PAIRS)
-def test_a_run_goes_on_on_another_mesh(family, pet, results):
-    """From the bank of the first task and the state inside the second, as the mesh before saved them."""
-    for name in COVER[family][pet]:
-        compare(results[family], family, pet, f"{name} restored")
+def test_every_llama_parameter_is_split_as_ruled(found):
+    assert found["llama-tiny"].keys() == LLAMA_SPLITS.keys()
+    for name, (shape, shard, dtype, _) in found["llama-tiny"].items():
+        want = [size // (SIZES[axis] if axis else 1) for size, axis in zip(shape, LLAMA_SPLITS[name], strict=True)]
+        assert (shard, dtype) == (want, "bfloat16"), name
 
 
-def gathered(hlo):
-    """Dimensions of what the all-gathers of a compiled program result in."""
-    results = re.findall(r"= \(?(.*?)\)? all-gather(?:-start)?\(", hlo)
-    return [tuple(map(int, dims.split(","))) for result in results for dims in re.findall(r"\w\d*\[([\d,]+)\]", result)]
+@pytest.mark.parametrize("variant", ["llama-tiny", "t5-tiny"])
+def test_every_matrix_is_split_over_fsdp_and_tensor(variant, found):
+    for name, (shape, shard, _, spec) in found[variant].items():
+        if name.endswith(("['kernel']", "['embedding']")):
+            assert 4 * np.prod(shard) == np.prod(shape), f"{name} {spec}"
 
 
-def is_whole_bank(dims):
-    """More than one layer's blocks of a projection: the scan gathers layer by layer, as it does the weights."""
-    blocks = TASKS * RANK in dims or (TASKS in dims and RANK in dims)
-    return blocks and np.prod(dims) >= LAYERS * TASKS * RANK * D_MODEL
+@pytest.mark.parametrize("variant", ["llama-tiny", "t5-tiny"])
+def test_splitting_changes_no_logits(variant, found):
+    assert found[f"{variant} size"] > 1
+    assert found[f"{variant} difference"] < 1e-4
 
 
-def is_logits(dims):
-    return VOCAB in dims and np.prod(dims) >= TARGET * VOCAB and np.prod(dims) % (TARGET * VOCAB) == 0
+def test_the_attention_kernel_runs_on_each_device_s_rows_and_heads(found):
+    assert found["kernel difference"] < 1e-4
 
 
-def test_what_counts_as_a_gathered_bank_or_logits():
-    hlo = """
-      %a = f32[2,32,3,5]{3,2,1,0} all-gather(%x), channel_id=1
-      %b = (f32[1,16,15]{2,1,0}, f32[1,32,15]{2,1,0}) all-gather-start(%x), channel_id=2
-      %c = f32[8,7,384]{2,1,0} all-gather(%x), channel_id=3
-      %d = f32[384,32]{1,0} all-gather(%x), channel_id=4
-      %e = f32[2,15,32]{2,1,0} all-reduce(%x), channel_id=5
-    """
-    assert gathered(hlo) == [(2, 32, 3, 5), (1, 16, 15), (1, 32, 15), (8, 7, 384), (384, 32)]
-    assert [is_whole_bank(dims) for dims in gathered(hlo)] == [True, False, False, False, False]
-    assert [is_logits(dims) for dims in gathered(hlo)] == [False, False, False, True, False]
+def test_attention_is_the_same_whatever_the_rules_split(found):
+    assert len(found["rules"]) == 4
+    for rules, difference in found["rules"].items():
+        assert difference < 1e-5, rules
 
 
-@pytest.mark.parametrize("family", COVER)
-def test_the_train_step_gathers_neither_the_bank_nor_the_logits(family, folder):
-    dims = gathered((folder / family / f"{family} lora.hlo").read_text())
-    # Weights are gathered, so that the search finds what there is.
-    assert any(D_MODEL in found for found in dims)
-    assert not [found for found in dims if is_whole_bank(found)]
-    assert not [found for found in dims if is_logits(found)]
+@pytest.mark.parametrize(("variant", "stacks"), [("llama-tiny", ["decoder"]), ("t5-tiny", ["encoder", "decoder"])])
+def test_sizes_that_the_mesh_does_not_divide_are_all_named(variant, stacks, found):
+    error = found[f"{variant} uneven"]
+    assert error.startswith("config.mesh does not divide the model's sizes")
+    for stack in stacks:
+        for name in ("wi_0", "wi_1", "wo"):
+            assert f"['{stack}']['layers']['mlp']['{name}']['kernel']: 20 over tensor=8" in error
 
 
-def test_shardings_are_the_recorded_ones(folder):
-    before, now = GOLDENS.read_text().splitlines(), golden_text(folder).splitlines()
-    changes = "\n".join(difflib.unified_diff(before, now, "recorded", "now", lineterm="", n=0))
-    assert not changes, f"{changes}\nIf that is meant: python -m tests.test_sharding"
+def test_rows_of_a_batch_lie_on_data_and_fsdp(found):
+    """Two rows on each of four groups of devices, the same two on both devices of a tensor group."""
+    assert found["rows"] == [[row, [3 * row, 3 * row + 3]] for row in (0, 0, 2, 2, 4, 4, 6, 6)]
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as made:
-        run_programs(Path(made))
-        GOLDENS.write_text(golden_text(Path(made)))
+def test_copies_are_whole_everywhere(found):
+    assert found["copies"] == [list(range(6))] * 8
+
+
+def test_batch_sizes_that_do_not_split_are_named(found):
+    assert found["batch_error"].startswith("config.train.batch_size=6: batches are split over 4 devices")
+    assert found["no_batch_error"] is None
+
+
+class OneKernel(nn.Module):
+    """A model with one parameter of the given logical axes."""
+
+    axes: tuple
+
+    @nn.compact
+    def __call__(self, *batch):
+        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        return self.param("kernel", init, (2,) * len(self.axes), jnp.float32)
+
+
+def test_an_axis_without_a_rule_is_an_error():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"no sharding rule in sharding.RULES for \['kernel'\].*'expert'"):
+        sharding.abstract_params(OneKernel(("embed", "expert")), mesh, jnp.float32)
+    known = sharding.abstract_params(OneKernel(("embed", "mlp")), mesh, jnp.float32)
+    assert known["kernel"].shape == (2, 2)
+
+
+def one_device():
+    return sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+def test_rules_of_the_config_replace_single_ones():
+    rules = sharding.make_rules((("embed", None), ("heads", ["fsdp", "tensor"])))
+    assert dict(rules) == {**dict(sharding.RULES), "embed": None, "heads": ("fsdp", "tensor")}
+    with nn.logical_axis_rules(rules):
+        placed = sharding.shardings({"bank": {"query": {"b": np.zeros((2, 3, 4, 8))}}}, one_device())
+    assert placed["bank"]["query"]["b"].spec == jax.sharding.PartitionSpec(None, None, None, ("fsdp", "tensor"))
+    assert sharding.make_rules(()) == sharding.RULES
+
+
+def test_rules_that_cannot_be_are_all_named():
+    wrong = (("batch", "tensor"), ("expert", "data"), ("embed", "model"), "embed")
+    with pytest.raises(ValueError, match="config.mesh.rules: ") as error:
+        sharding.make_rules((*wrong, ("embed", "tensor")))
+    for rule in wrong:
+        assert repr(rule) in str(error.value)
+    assert "('embed', 'tensor')" not in str(error.value)
+
+
+def test_arrays_without_logical_axes_are_all_named():
+    """An unknown name, and a known one with another number of axes; a bank's blocks have one more than a slot's."""
+    tree = {"keys": np.zeros((3, 4)), "adapter": np.zeros((2,)), "slot": {"query": {"a": np.zeros((2, 4, 3, 5))}}}
+    with pytest.raises(ValueError, match="no logical axes in sharding.LEAF_AXES for ") as error:
+        sharding.shardings(tree, one_device())
+    assert str(error.value).endswith("['adapter']; ['slot']['query']['a']")
+    del tree["adapter"]
+    tree["bank"] = tree.pop("slot")
+    assert jax.tree.leaves(sharding.shardings(tree, one_device()))
+
+
+def test_activations_stay_as_they_are_without_a_mesh():
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert sharding.constrain(x, "batch", "act_embed") is x

@@ -4,7 +4,7 @@ import numpy as np
 
 from sapt_jax import pet
 from sapt_jax.state import active_slots, commit, init_frozen
-from tests.tiny import tiny_method
+from tests.helpers.tiny import tiny_method
 
 SITES = {"decoder": {"self_attention": {"query": (2, 8, 8), "value": (2, 8, 4)}}}
 METHOD = tiny_method()

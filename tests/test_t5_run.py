@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sapt_jax import continual, fit
-from tests.run_files import assert_same_arrays, committed, predictions
-from tests.tiny import TASKS, tiny_config, write_tasks
+from tests.helpers.run_files import assert_same_arrays, committed, predictions
+from tests.helpers.tiny import TASKS, tiny_config, write_tasks
 
 
 class Stopped(Exception):

@@ -13,13 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from sapt_jax.convert import base_checkpoint, t5, t5x, tokenizer_files
-from sapt_jax.convert.loading import FORMATS, format_of, open_pretrained, read_model_config
-from sapt_jax.convert.locate import resolve_path
-from sapt_jax.convert.new_folder import new_folder
-from sapt_jax.convert.rules import Parameter
 from sapt_jax.convert.subcommand import add_subcommand
-from sapt_jax.models.loading import DTYPES, make_model, read_shape
+from sapt_jax.export import tokenizer_files
+from sapt_jax.models.families import DTYPES, make_model, read_shape
+from sapt_jax.pretrained import base_checkpoint, t5_weights, t5x_checkpoints
+from sapt_jax.pretrained.loading import FORMATS, format_of, open_pretrained, read_model_config
+from sapt_jax.pretrained.locate import resolve_path
+from sapt_jax.pretrained.rules import Parameter
+from sapt_jax.storage.new_folder import new_folder
 
 _EXAMPLES = {
     "from-hf": "--model=models/t5-v1_1-xl --out=bases/t5-v1_1-xl --dtype=bfloat16",
@@ -77,11 +78,13 @@ def to_base(arguments: argparse.Namespace) -> None:
 def to_t5x(arguments: argparse.Namespace) -> None:
     """Runs to-t5x; errors as for `to_base`."""
     kind = read_model_config(arguments.model)["model_type"]
-    if kind not in t5.MODEL_TYPES:
-        raise ValueError(f"{arguments.model} is of model_type {kind!r}: T5X has {', '.join(t5.MODEL_TYPES)} only")
+    if kind not in t5_weights.MODEL_TYPES:
+        raise ValueError(
+            f"{arguments.model} is of model_type {kind!r}: T5X has {', '.join(t5_weights.MODEL_TYPES)} only"
+        )
     parameters = _open(arguments)
     tree = flax.traverse_util.unflatten_dict(parameters, sep="/")
-    _write(arguments, parameters, lambda advance: t5x.write_checkpoint(tree, arguments.out, advance))
+    _write(arguments, parameters, lambda advance: t5x_checkpoints.write_checkpoint(tree, arguments.out, advance))
 
 
 def _add(

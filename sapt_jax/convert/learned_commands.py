@@ -9,9 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapt_jax.config import check_config, flatten
-from sapt_jax.convert import merge, peft, reference, torch_model
-from sapt_jax.convert.learned import read_run
 from sapt_jax.convert.subcommand import add_subcommand
+from sapt_jax.export import reference, to_hf, to_peft, to_torch
+from sapt_jax.export.learned import read_run
 
 _COMMON = "configs/common.py"
 
@@ -23,7 +23,7 @@ def add_commands(subparsers: Any) -> None:
         "to-peft",
         "Writes adapters of Hugging Face's PEFT: one task's LoRA block or soft prompt, all of them, or a mixture.",
         "--run=runs/t5_large --task=task1572_samsum_summary --out=adapters/samsum",
-        to_peft,
+        write_peft,
     )
     _add_run(command)
     what = command.add_mutually_exclusive_group(required=True)
@@ -58,7 +58,7 @@ def add_commands(subparsers: Any) -> None:
         "to-hf",
         "Writes the base model with one mixture of LoRA blocks merged into its weights, as a transformers folder.",
         "--run=runs/t5_large --weights=0.1,0.9 --out=models/t5_large_merged",
-        lambda arguments: merge.write_merged(read_run(arguments.run, arguments.base), arguments.weights, arguments.out),
+        lambda arguments: to_hf.write_merged(read_run(arguments.run, arguments.base), arguments.weights, arguments.out),
     )
     _add_run(command)
     command.add_argument("--weights", required=True, type=_weights, help="one for each block, with commas; sum 1")
@@ -69,7 +69,7 @@ def add_commands(subparsers: Any) -> None:
         "Writes the whole model for PyTorch: blocks, keys and query projection, and modeling_sapt.py, which wraps the "
         "base model and mixes the blocks for each input. It names the base model's folder, or has a copy.",
         "--run=runs/t5_large --out=models/t5_large_sapt",
-        lambda arguments: torch_model.write_model(
+        lambda arguments: to_torch.write_model(
             read_run(arguments.run, arguments.base), arguments.include_base, arguments.out
         ),
     )
@@ -81,13 +81,13 @@ def add_commands(subparsers: Any) -> None:
         "from-torch",
         "Writes the workdir again that to-torch was given, for sapt_jax.main to go on with.",
         "--model=models/t5_large_sapt --out=runs/t5_large",
-        lambda arguments: torch_model.read_model(arguments.model, arguments.base, arguments.out),
+        lambda arguments: to_torch.read_model(arguments.model, arguments.base, arguments.out),
     )
     command.add_argument("--model", required=True, type=Path, help="the folder that to-torch wrote")
     command.add_argument("--base", default="", help="where the base model lies now, if not where it was")
 
 
-def to_peft(arguments: argparse.Namespace) -> None:
+def write_peft(arguments: argparse.Namespace) -> None:
     """Runs to-peft.
 
     Raises:
@@ -95,11 +95,11 @@ def to_peft(arguments: argparse.Namespace) -> None:
     """
     learned = read_run(arguments.run, arguments.base)
     if arguments.task is not None:
-        peft.write_task(learned, arguments.task, arguments.out)
+        to_peft.write_task(learned, arguments.task, arguments.out)
     elif arguments.weights is not None:
-        peft.write_mixture(learned, arguments.weights, arguments.out)
+        to_peft.write_mixture(learned, arguments.weights, arguments.out)
     else:
-        peft.write_all(learned, arguments.out)
+        to_peft.write_all(learned, arguments.out)
 
 
 def from_reference(arguments: argparse.Namespace) -> None:

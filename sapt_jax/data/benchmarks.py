@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sapt_jax.data.own_tasks import read_own_task
+from sapt_jax.data.sources.own_tasks import read_own_task
+from sapt_jax.data.sources.task_files import nearest_name, read_cl_benchmark, read_natural_instructions, task_rng
 from sapt_jax.data.task import Instance, Task, report_problems
-from sapt_jax.data.task_files import nearest_name, read_cl_benchmark, read_natural_instructions, task_rng
 
 SUPERNI_CATEGORIES: dict[str, tuple[str, ...]] = {
     "dialogue generation": (
@@ -125,7 +125,7 @@ def _from_own(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed) 
 
 def _from_demo(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed) -> Task:
     # Imported on use: the demo needs packages that nothing else needs.
-    demo = importlib.import_module("sapt_jax.data.demo")
+    demo = importlib.import_module("sapt_jax.data.sources.demo")
     return demo.load_demo_task(name, seed=seed, data_dir=data_dir or None)
 
 

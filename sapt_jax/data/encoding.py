@@ -5,14 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sapt_jax.data.prompts import (
-    EncodingRules,
-    Tokenizer,
-    choose_reference,
-    encode_answer,
-    encode_prompt,
-    make_prompt,
-)
+from sapt_jax.data.prompts import EncodingRules, Tokenizer, choose_reference, encode_answer, encode_prompt, make_prompt
 from sapt_jax.data.task import Instance
 
 

@@ -11,10 +11,10 @@ from sapt_jax.data.benchmarks import BENCHMARKS, load_task, load_unseen_task, re
 from sapt_jax.data.buckets import Bucket, check_buckets, choose_buckets
 from sapt_jax.data.encoding import EncodedSplit, encode_split
 from sapt_jax.data.prompts import EncodingRules
-from sapt_jax.data.pseudo_samples import encode_pseudo_samples, find_pseudo_dir, load_pseudo_samples
 from sapt_jax.data.task import Task
-from sapt_jax.data.tokenizers import Tokenizer
-from sapt_jax.methods.protocol import Method
+from sapt_jax.methods.base import Method
+from sapt_jax.pretrained.tokenizer import Tokenizer
+from sapt_jax.pseudo_samples.read import encode_pseudo_samples, find_pseudo_dir, load_pseudo_samples
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sapt_jax import losses, shared_attention
-from sapt_jax.methods.protocol import Pools
+from sapt_jax import losses
+from sapt_jax.methods import shared_attention
+from sapt_jax.methods.base import Pools
 from sapt_jax.pet import Mixture, Pet, Sites
 from sapt_jax.state import Frozen, Trainable, active_slots, insert
 

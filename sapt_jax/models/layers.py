@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sapt_jax.models.causal_attention import causal_attention
-from sapt_jax.partitioning import HIDDEN, KEY_VALUE, LOGITS, QUERY, STATES, constrain
+from sapt_jax.models.kernels import causal_attention
+from sapt_jax.sharding import HIDDEN, KEY_VALUE, LOGITS, QUERY, STATES, constrain
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

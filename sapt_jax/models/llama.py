@@ -13,9 +13,9 @@ from flax import struct
 
 from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, scan_layers
 from sapt_jax.models.rope import rotate, rotations
-from sapt_jax.models.variants import LlamaConfig
-from sapt_jax.partitioning import CACHE, STATES, constrain
+from sapt_jax.models.shapes import LlamaConfig
 from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
+from sapt_jax.sharding import CACHE, STATES, constrain
 
 ACTIVATIONS = {
     "silu": nn.silu,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapt_jax.models.variants import LlamaConfig
+from sapt_jax.models.shapes import LlamaConfig
 
 
 def inverse_frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:

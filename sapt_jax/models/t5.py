@@ -15,9 +15,9 @@ import numpy as np
 from flax import struct
 
 from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, scan_layers
-from sapt_jax.models.variants import T5Config
-from sapt_jax.partitioning import CACHE, CROSS_CACHE, STATES, constrain
+from sapt_jax.models.shapes import T5Config
 from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
+from sapt_jax.sharding import CACHE, CROSS_CACHE, STATES, constrain
 
 START_ID = 0
 

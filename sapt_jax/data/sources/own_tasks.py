@@ -1,0 +1,168 @@
+"""A user's own tasks: one folder for each task, `{root}/{task}`, with the splits train, test and, if wanted, dev.
+
+A split is one of
+  - `{split}.jsonl`: one object on each line;
+  - `{split}.csv`: with a header line;
+  - `{split}.parquet`, `{split}-*.parquet` or `data/{split}-*.parquet`, as on the Hugging Face hub;
+  - a folder `{split}` with `*.arrow` files, as `datasets.DatasetDict.save_to_disk` leaves it.
+A row has "input" and "output" (a string, or a list of references; optional "id"), or "messages", a chat of
+{"role", "content"} whose last turn, the assistant's, is the output.
+
+Optional beside the splits: `definition.txt`, the instruction put before every input, and `task.json` with any of
+{"definition": str, "metric": "rouge_l" | "exact_match", "labels": [str, ...]}.
+"""
+
+import csv
+import importlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sapt_jax.data.sources.task_files import nearest_name
+from sapt_jax.data.task import Task, parse_json, read_instances, read_json, read_text
+
+Rows = Iterator[tuple[str, Any]]
+
+
+def _jsonl_rows(file: Path) -> Rows:
+    # Line by line, so that one bad line is one faulty row, not the end of the file.
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        where = f"{file}: line {number}"
+        if line.strip():
+            try:
+                yield where, parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"), where)
+            except UnicodeDecodeError as error:
+                yield where, ValueError(f"{where}: byte {error.start} of the line is not UTF-8 text")
+            except ValueError as error:
+                yield where, error
+
+
+def _csv_rows(file: Path) -> Rows:
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
+    columns = reader.fieldnames or ()
+    if not {"input", "output"} <= set(columns):
+        raise ValueError(f"{file}: its first line must name the columns input and output, not {list(columns)}.")
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{file}: malformed CSV after line {reader.line_num}: {error}. Mend the file.") from error
+        if row is None:
+            return
+        where = f"{file}: line {reader.line_num}"
+        ragged = None in row or None in row.values()
+        yield where, ValueError(f"{where} has not {len(columns)} columns as the first line") if ragged else row
+
+
+def _arrow_module(name: str, file: Path) -> Any:
+    # Imported on use: nothing else needs it.
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{file}: reading it needs pyarrow. Install it with: pip install pyarrow") from error
+
+
+def _read_table(file: Path) -> list[dict]:
+    if file.suffix == ".parquet":
+        return _arrow_module("pyarrow.parquet", file).read_table(file).to_pylist()
+    # `save_to_disk` writes the stream format.
+    with file.open("rb") as source:
+        return _arrow_module("pyarrow.ipc", file).open_stream(source).read_all().to_pylist()
+
+
+def _table_rows(files: Sequence[Path]) -> Rows:
+    for file in files:
+        arrow = _arrow_module("pyarrow", file)
+        try:
+            rows = _read_table(file)
+        except (arrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file}: cannot be read: {error}. Write the file anew.") from error
+        for number, row in enumerate(rows):
+            # Columns that a row has no value for are absent from it, as in JSON.
+            yield f"{file}: row {number}", {name: value for name, value in row.items() if value is not None}
+
+
+def _split_rows(folder: Path, split: str) -> Rows | None:
+    """The rows of a split in whichever form it is there, or None. Two forms of one split are an error."""
+    parquet = [
+        file for pattern in (f"{split}.parquet", f"{split}-*.parquet", f"data/{split}-*.parquet")
+        for file in sorted(folder.glob(pattern))
+    ]  # fmt: skip
+    arrow = sorted((folder / split).glob("*.arrow"))
+    found = {
+        f"{split}.jsonl": (folder / f"{split}.jsonl").is_file() and _jsonl_rows(folder / f"{split}.jsonl"),
+        f"{split}.csv": (folder / f"{split}.csv").is_file() and _csv_rows(folder / f"{split}.csv"),
+        "parquet files": parquet and _table_rows(parquet),
+        f"the folder {split}": arrow and _table_rows(arrow),
+    }
+    found = {form: rows for form, rows in found.items() if rows}
+    if len(found) > 1:
+        raise ValueError(f"{folder}: the {split} split is there as {' and as '.join(found)}. Leave one of them.")
+    return next(iter(found.values()), None)
+
+
+def _from_messages(entry: Any) -> Any:
+    """Turns a chat into input and output: the last turn is the output, those before it are the input.
+
+    One user turn is taken as it is; several turns become lines "role: content".
+    """
+    if not isinstance(entry, dict) or "messages" not in entry:
+        return entry
+    turns = entry["messages"]
+    is_chat = isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
+    if not is_chat or len(turns) < 2 or turns[-1]["role"] != "assistant":
+        return ValueError('"messages" must be two or more {"role", "content"}, the last of role "assistant"')
+    *before, answer = turns
+    if len(before) == 1:
+        text = before[0]["content"]
+    else:
+        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in before)
+    return {"id": entry.get("id"), "input": text, "output": answer["content"]}
+
+
+def read_own_task(name: str, *, root: Path, on_bad_instance: str) -> Task:
+    """Reads the task in `root/name`; dev is () when the folder has none.
+
+    Raises ValueError for an unknown task (naming the nearest), FileNotFoundError for a missing split. Parquet
+    and Arrow files need pyarrow.
+    """
+    folder = root / name
+    if not folder.is_dir():
+        present = [path.name for path in root.iterdir() if path.is_dir()]
+        raise ValueError(f"unknown task {name!r}: {root} has no such folder. {nearest_name(name, present)}")
+    problems: list[str] = []
+    instances = {}
+    for split in ("train", "dev", "test"):
+        rows = _split_rows(folder, split)
+        if rows is None and split != "dev":
+            raise FileNotFoundError(
+                f"{folder}: the {split} split is missing. Put {split}.jsonl there, one "
+                f'{{"input": ..., "output": ...}} a line (or {split}.csv, or {split}.parquet).'
+            )
+        instances[split] = read_instances(
+            ((where, _from_messages(entry)) for where, entry in rows or ()),
+            prefix=f"{name}-{split}",
+            on_bad_instance=on_bad_instance,
+            problems=problems,
+        )
+    about_file, definition_file = folder / "task.json", folder / "definition.txt"
+    about = read_json(about_file) if about_file.is_file() else {}
+    known = isinstance(about, dict) and set(about) <= {"definition", "metric", "labels"}
+    if not known or about.get("metric", "rouge_l") not in ("rouge_l", "exact_match"):
+        raise ValueError(
+            f'{about_file}: it may hold "definition", "metric" ("rouge_l" or "exact_match") and "labels"; '
+            f"found {about}."
+        )
+    definition = read_text(definition_file) if definition_file.is_file() else about.get("definition", "")
+    return Task(
+        name,
+        definition,
+        **instances,
+        metric=about.get("metric", "rouge_l"),
+        labels=tuple(about.get("labels", ())),
+        problems=tuple(problems),
+    )

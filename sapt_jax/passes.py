@@ -1,0 +1,73 @@
+"""Runs jitted functions over the inputs of a split: predictions, attention weights, pooled embeddings."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from sapt_jax.data.batching import FILLER, eval_batches
+from sapt_jax.data.encoding import EncodedSplit
+from sapt_jax.pretrained.tokenizer import Tokenizer
+from sapt_jax.sharding import own_slice, place_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the inputs of a split become batches."""
+
+    mesh: Mesh
+    buckets: Sequence[tuple[int, int]]
+    batch_size: int
+    padding_side: str
+    pad_id: int
+
+
+def map_sources(
+    function: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]], split: EncodedSplit, layout: Layout
+) -> list[np.ndarray]:
+    """Applies `function(source [B, S], source_mask [B, S])` to every input of a split.
+
+    All batches are dispatched before the first result is fetched, so that the device never waits for the host.
+
+    Returns:
+      One array for each output of `function`, its rows in the split's order.
+    """
+    rows, outputs = [], []
+    batches = eval_batches(
+        split,
+        layout.buckets,
+        batch_size=layout.batch_size,
+        target_length=max(target for _, target in layout.buckets),
+        padding_side=layout.padding_side,
+        pad_id=layout.pad_id,
+        **own_slice(layout.mesh),
+    )
+    for own, batch in batches:
+        # Row numbers travel with the rows: a mesh may order its devices otherwise than the processes.
+        named = {"source": batch["source"], "source_mask": batch["source_mask"], "rows": own.astype(np.int32)}
+        placed = place_batch(named, layout.mesh)
+        outputs.append(function(placed["source"], placed["source_mask"]))
+        rows.append(placed["rows"])
+    order = np.concatenate([_gather(own) for own in rows])
+    real = order != FILLER
+    place = np.argsort(order[real])
+    return [np.concatenate([_gather(part) for part in parts])[real][place] for parts in zip(*outputs, strict=True)]
+
+
+def _gather(rows: jax.Array | np.ndarray) -> np.ndarray:
+    if jax.process_count() == 1:
+        return np.asarray(rows)
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+def decode_texts(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Texts of decoded ids [n, N], each up to its end token, stripped."""
+
+    def text(row):
+        ends = np.flatnonzero(row == tokenizer.eos_id)
+        return tokenizer.decode(row[: ends[0]] if ends.size else row).strip()
+
+    return tuple(text(row) for row in tokens)

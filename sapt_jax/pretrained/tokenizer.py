@@ -1,0 +1,247 @@
+"""Tokenizers from where the model lies: SentencePiece, tokenizer.json, or the vocabulary in a GGUF file."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from sapt_jax.pretrained import gguf_vocabulary
+from sapt_jax.pretrained.hf import read_json
+from sapt_jax.pretrained.locate import resolve_path
+
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+
+
+class Backend(Protocol):
+    """What turns text into ids and back."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A model's tokenizer.
+
+    Attributes:
+      vocab_size: ids run from 0 to vocab_size - 1 (the model's embedding may have more rows).
+      pad_id: the model's own padding id where the vocabulary has it, else eos_id.
+      eos_id: what ends an answer.
+      bos_id: what begins a text, or None.
+      add_bos: whether the model was trained with bos_id before each text.
+      backend: the library that does the work.
+    """
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    bos_id: int | None
+    add_bos: bool
+    backend: Backend
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without special tokens: one that the text spells is taken as text."""
+        return self.backend.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids less special tokens and ids beyond the vocabulary; does not stop at eos."""
+        return self.backend.decode([int(token) for token in ids])
+
+
+class SentencePieceBackend:
+    """A SentencePiece model."""
+
+    def __init__(self, model: sentencepiece.SentencePieceProcessor):
+        self._model = model
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        model = self._model
+        plain = [i for i in ids if 0 <= i < len(model) and not (model.is_control(i) or model.is_unknown(i))]
+        return model.decode(plain)
+
+
+class TokenizersBackend:
+    """A tokenizer of Hugging Face's tokenizers library."""
+
+    def __init__(self, model: tokenizers.Tokenizer):
+        # Data must not be able to end a text or to start a chat turn by spelling a special token.
+        model.encode_special_tokens = True
+        model.no_padding()
+        model.no_truncation()
+        self._model = model
+
+    def __setstate__(self, state: dict[str, tokenizers.Tokenizer]) -> None:
+        # Pickling a tokenizers.Tokenizer loses encode_special_tokens.
+        self.__init__(**state)
+
+    def __getstate__(self) -> dict[str, tokenizers.Tokenizer]:
+        return {"model": self._model}
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode(list(ids), skip_special_tokens=True)
+
+
+class ByteBackend:
+    """One id for each byte of UTF-8, after padding (0), end (1) and unknown (2): for models with random weights."""
+
+    offset = 3
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + self.offset for byte in text.encode()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i - self.offset for i in ids if 0 <= i - self.offset < 256).decode(errors="replace")
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      path: a model folder (tokenizer.json, tokenizer.model or spiece.model, in this order), one of these
+        files, a .gguf file, an address for `resolve_path`, or "bytes". The special tokens of a folder come from
+        tokenizer_config.json, special_tokens_map.json, the SentencePiece model, generation_config.json and
+        config.json, in this order.
+
+    Raises:
+      FileNotFoundError: nothing is there, or the folder has no tokenizer.
+      ValueError: a file is broken, no end token is known, or a GGUF's pre-tokenizer is not known here.
+    """
+    if path == "bytes":
+        return Tokenizer(256 + ByteBackend.offset, 0, 1, None, False, ByteBackend())
+    location = resolve_path(path)
+    if location.suffix == ".gguf":
+        return _from_gguf(location)
+    if location.is_dir():
+        files = [location / name for name in _FILES if (location / name).is_file()]
+        if not files:
+            raise FileNotFoundError(f"{location} has no tokenizer: looked for {', '.join(_FILES)}")
+        location = files[0]
+    if location.suffix == ".model":
+        return _from_sentencepiece(location)
+    if location.suffix == ".json":
+        return _from_json(location)
+    raise ValueError(f"{location} is no tokenizer: give a model folder, a .model, a .json or a .gguf file")
+
+
+def _from_sentencepiece(file: Path) -> Tokenizer:
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.load(str(file))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{file} is not a valid SentencePiece model ({error}): fetch it anew") from error
+    vocabulary = {model.id_to_piece(i): i for i in range(len(model))}
+    settings = _Settings(file.parent, vocabulary)
+    own = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+    bos = settings.special("bos", own["bos"])
+    # T5 has no bos at all; LLaMA's tokenizer.model has one, and the model wants it.
+    add_bos = settings.get("add_bos_token", bos is not None)
+    backend = SentencePieceBackend(model)
+    return _tokenizer(
+        file,
+        len(model),
+        settings.special("pad", own["pad"]),
+        settings.special("eos", own["eos"]),
+        bos,
+        add_bos,
+        backend,
+    )
+
+
+def _from_json(file: Path) -> Tokenizer:
+    try:
+        model = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise ValueError(f"{file} is not a valid tokenizer.json ({error}): fetch it anew") from error
+    vocabulary = model.get_vocab(with_added_tokens=True)
+    settings = _Settings(file.parent, vocabulary)
+    bos = settings.special("bos")
+    add_bos = settings.get("add_bos_token", bos in model.encode("a", add_special_tokens=True).ids)
+    return _tokenizer(
+        file,
+        max(vocabulary.values()) + 1,
+        settings.special("pad"),
+        settings.special("eos"),
+        bos,
+        add_bos,
+        TokenizersBackend(model),
+    )
+
+
+def _from_gguf(file: Path) -> Tokenizer:
+    vocabulary = gguf_vocabulary.read(file)
+    if isinstance(vocabulary.model, tokenizers.Tokenizer):
+        backend: Backend = TokenizersBackend(vocabulary.model)
+    else:
+        backend = SentencePieceBackend(vocabulary.model)
+    return _tokenizer(
+        file,
+        vocabulary.size,
+        vocabulary.pad_id,
+        vocabulary.eos_id,
+        vocabulary.bos_id,
+        vocabulary.add_bos,
+        backend,
+    )
+
+
+def _tokenizer(
+    file: Path, size: int, pad: int | None, eos: int | None, bos: int | None, add_bos: bool, backend: Backend
+) -> Tokenizer:
+    if eos is None:
+        raise ValueError(
+            f"{file}: no end token is known. Name it as eos_token in tokenizer_config.json, "
+            "or as eos_token_id in config.json"
+        )
+    # Some folders name a padding token that only transformers adds, beyond the vocabulary.
+    pad = pad if pad is not None and 0 <= pad < size else eos
+    for name, token in (("eos", eos), ("bos", bos)):
+        if token is not None and not 0 <= token < size:
+            raise ValueError(f"{file}: the {name} id {token} is outside the vocabulary of {size}")
+    if add_bos and bos is None:
+        raise ValueError(f"{file}: add_bos_token is set, but no bos token is known: name it in bos_token")
+    return Tokenizer(size, pad, eos, bos, bool(add_bos), backend)
+
+
+class _Settings:
+    """The JSON files beside a tokenizer."""
+
+    def __init__(self, folder: Path, vocabulary: dict[str, int]):
+        self._folder, self._vocabulary = folder, vocabulary
+        self._config = self._read("tokenizer_config.json")
+
+    def get(self, key: str, default: Any) -> Any:
+        value = self._config.get(key)
+        return default if value is None else value
+
+    def special(self, name: str, own: int = -1) -> int | None:
+        """Returns the id of a special token; `own` is what the tokenizer itself says, negative for none."""
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = self._read(file).get(f"{name}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token in self._vocabulary:
+                return self._vocabulary[token]
+            if token is not None and own < 0 and name != "pad":
+                raise ValueError(f"{self._folder / file}: {name}_token {token!r} is not in the vocabulary")
+        if own >= 0:
+            return own
+        for file in ("generation_config.json", "config.json"):
+            token = self._read(file).get(f"{name}_token_id")
+            token = token[0] if isinstance(token, list) else token
+            if token is not None and token >= 0:
+                return token
+        return None
+
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self._folder / name
+        return read_json(file) if file.is_file() else {}

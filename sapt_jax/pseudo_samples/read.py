@@ -1,0 +1,100 @@
+"""Pseudo-samples: inputs that stand for an earlier task in the reflection loss. Their answers are not used.
+
+Layout of files: `{pseudo_dir}/{SuperNI|Long_Sequence}/{task}/train.json`, the CL_Benchmark format with one
+generated "Definition" for the whole pool; "output" is mostly empty.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+
+from sapt_jax.data.encoding import EncodedSplit, encode_split
+from sapt_jax.data.prompts import EncodingRules, Tokenizer
+from sapt_jax.data.sources.task_files import definition_of, instances_of, task_rng
+from sapt_jax.data.task import Instance, Task, read_json
+
+PSEUDO_SOURCES = ("generate", "files", "train", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoSamples:
+    """The pool of one task, with the definition its prompts carry (a generated one, when the pool was generated)."""
+
+    definition: str
+    instances: tuple[Instance, ...]
+
+
+def find_pseudo_dir(pseudo_dir: str, data_dir: Path) -> Path:
+    """Returns the pool folder: `pseudo_dir` itself, or `{data_dir}/generated_data/{pseudo_dir}`."""
+    candidates = [Path(pseudo_dir).expanduser(), data_dir / "generated_data" / pseudo_dir]
+    for folder in candidates:
+        if pseudo_dir and folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"no folder of pseudo-samples {pseudo_dir!r}: looked for {' and '.join(map(str, candidates))}. Set "
+        f'config.pseudo_samples.dir, or pseudo_samples.source="train" to take a few training inputs instead.'
+    )
+
+
+def read_pseudo_samples(folder: Path, task_name: str) -> PseudoSamples:
+    """Reads `{folder}/{task_name}/train.json`; rows with no output are what is expected here."""
+    file = folder / task_name / "train.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f'{file}: there are no pseudo-samples of {task_name}. Put them there, or set pseudo_samples.source="train".'
+        )
+    data = read_json(file)
+    instances = instances_of(data, file, prefix=f"{task_name}-pseudo", on_bad_instance="keep", problems=[])
+    if not instances:
+        raise ValueError(f'{file}: holds no instances. Fill it, or set pseudo_samples.source="train".')
+    return PseudoSamples(definition_of(data, file), instances)
+
+
+def pool_size(rows: int, share: float, minimum: int) -> int:
+    """Pseudo-samples of a task with `rows` training rows: round-down(share * rows), but at least `minimum` (or all)."""
+    return min(rows, max(minimum, math.floor(share * rows)))
+
+
+def sample_train_inputs(task: Task, *, share: float, minimum: int, seed: int) -> PseudoSamples:
+    """Takes `pool_size` training instances of the task, seeded."""
+    size = pool_size(len(task.train), share, minimum)
+    chosen = np.sort(task_rng(seed, task.name, "pseudo").choice(len(task.train), size, replace=False))
+    return PseudoSamples(task.definition, tuple(task.train[i] for i in chosen))
+
+
+def load_pseudo_samples(
+    task: Task, *, source: str, folder: Path | None, share: float, minimum: int, seed: int
+) -> PseudoSamples | None:
+    """Returns the task's pool, or None for the sources "none" and "generate" (written only after the task).
+
+    Args:
+      source: "files" reads `folder` (`{pseudo_dir}/{benchmark folder}`); "train" samples real training
+        inputs.
+      share, minimum, seed: of source "train", see `sample_train_inputs`.
+    """
+    if source not in PSEUDO_SOURCES:
+        raise ValueError(f"pseudo_samples.source must be one of {PSEUDO_SOURCES}, not {source!r}.")
+    if source in ("none", "generate"):
+        return None
+    if source == "train":
+        return sample_train_inputs(task, share=share, minimum=minimum, seed=seed)
+    if folder is None:
+        raise ValueError('pseudo_samples.source="files" needs a folder: set config.pseudo_samples.dir.')
+    return read_pseudo_samples(folder, task.name)
+
+
+def encode_pseudo_samples(
+    samples: PseudoSamples, *, template: str, tokenizer: Tokenizer, rules: EncodingRules
+) -> EncodedSplit:
+    """Tokenises a pool with the same template and rules as real data. The reflection loss reads `.sources` alone."""
+    first_answer = dataclasses.replace(rules, references="first", on_long_target="cut")
+    return encode_split(
+        samples.instances,
+        definition=samples.definition,
+        template=template,
+        tokenizer=tokenizer,
+        rules=first_answer,
+        seed=0,
+    )

@@ -1,0 +1,138 @@
+"""TFDS: the benchmarks prepared and read back, and public datasets read from fakes, all without TensorFlow."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+
+from sapt_jax.data.benchmarks import load_task  # noqa: E402
+from sapt_jax.data.sources.tfds_builders import PUBLISHED_SIZES, prepare  # noqa: E402
+from sapt_jax.data.sources.tfds_public import PUBLIC_TASKS  # noqa: E402
+
+LOAD = dict(dev_size=0, dev_is_test=False, max_train=0, max_dev=0, max_test=0, seed=0, on_bad_instance="error")
+
+
+def write_benchmark(root, folder, name, train, test):
+    task = root / "CL_Benchmark" / folder / name
+    task.mkdir(parents=True)
+    for split, rows in (("train", train), ("test", test)):
+        data = {"Definition": ["Do é."], "Instances": rows}
+        (task / f"{split}.json").write_text(json.dumps(data), encoding="utf-8")
+    (task / "labels.json").write_text('["a", "b"]')
+
+
+@pytest.mark.parametrize(
+    "benchmark, folder, name",
+    [("superni", "SuperNI", "task1572_samsum_summary"), ("long_sequence", "Long_Sequence", "cb")],
+)
+def test_a_prepared_task_equals_its_source(tmp_path, benchmark, folder, name):
+    train = [{"input": f"in é\n{i}", "output": ["x", "y"] if i % 3 else f"z{i}"} for i in range(11)]
+    test = [{"input": "t", "output": "u", "id": "my-id"}]
+    write_benchmark(tmp_path, folder, name, train, test)
+    options = dict(benchmark=benchmark, data_dir=str(tmp_path), **LOAD)
+    with pytest.raises(FileNotFoundError, match="no prepared dataset there. Prepare it with"):
+        load_task(name, source="tfds", **options)
+    for _ in range(2):
+        assert prepare(folder, name, source_dir=tmp_path, tfds_dir=tmp_path / "tfds") == {"train": 11, "test": 1}
+    assert load_task(name, source="tfds", **options) == load_task(name, source="cl_benchmark", **options)
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(ValueError, match="unknown task"):
+        load_task("other", source="tfds", **options)
+
+
+def test_faulty_rows_are_prepared_and_left_to_the_runs_setting(tmp_path):
+    rows = [{"input": "a", "output": "b"}, {"input": "c", "output": ""}]
+    write_benchmark(tmp_path, "Long_Sequence", "cb", rows, rows[:1])
+    prepare("Long_Sequence", "cb", source_dir=tmp_path, tfds_dir=tmp_path / "tfds")
+    options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds", **LOAD)
+    with pytest.raises(ValueError, match="train row 1 has an empty output"):
+        load_task("cb", **options)
+    assert len(load_task("cb", **{**options, "on_bad_instance": "skip"}).train) == 1
+
+
+# One row of every public dataset, with its features as TFDS declares them, and the text it has to become.
+TEXTS = {
+    "mnli": ({"premise": "P", "hypothesis": "H"}, "sentence 1: P\nsentence 2: H"),
+    "cb": ({"premise": "P", "hypothesis": "H"}, "sentence 1: P\nsentence 2: H"),
+    "rte": ({"premise": "P", "hypothesis": "H"}, "sentence 1: P\nsentence 2: H"),
+    "wic": ({"word": "W", "sentence1": "S", "sentence2": "T"}, "word: W\nS\nT"),
+    "copa": (
+        {"premise": "P", "question": "cause", "choice1": "C", "choice2": "D"},
+        'Which sentence is the cause of "P"? Choose one between A and B.\nA: C\nB: D',
+    ),
+    "qqp": ({"question1": "Q", "question2": "R"}, "first sentence: Q\nsecond sentence: R"),
+    "boolq": ({"question": "Q", "passage": "P"}, "question: Q\npassage: P"),
+    "multirc": (
+        {"paragraph": "P", "question": "Q", "answer": "A"},
+        "paragraph: P\nquestion: Q\ncandidate answer: A",
+    ),
+    "imdb": ({"text": "T"}, "T"),
+    "sst2": ({"sentence": "S "}, "Text: S "),
+    "agnews": ({"title": "T", "description": "D"}, "Title: T\nText: D\n"),
+}
+
+
+def write_fake(root, dataset, labels, splits, file_format="array_record"):
+    """Prepares a dataset of the given name and rows; rows are (texts, label index)."""
+    name, _, config = dataset.partition("/")
+    texts = next(iter(splits.values()))[0][0]
+    features = {key: tfds.features.Text() for key in texts}
+    features |= {"label": tfds.features.ClassLabel(names=labels), "idx": tfds.features.Scalar(np.int32)}
+    examples = {
+        split: [(i, {**row, "label": label, "idx": i}) for i, (row, label) in enumerate(rows)]
+        for split, rows in splits.items()
+    }
+    members = dict(
+        name=name,
+        VERSION=tfds.core.Version("1.0.3"),
+        BUILDER_CONFIGS=[tfds.core.BuilderConfig(name=config)] if config else [],
+        _info=lambda self: tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features)),
+        _split_generators=lambda self, dl_manager: {split: iter(rows) for split, rows in examples.items()},
+        _generate_examples=None,
+    )
+    builder = type("Fake", (tfds.core.GeneratorBasedBuilder,), members, skip_registration=True)
+    builder(config=config or None, data_dir=str(root), file_format=file_format).download_and_prepare()
+
+
+@pytest.mark.parametrize("name", PUBLIC_TASKS)
+def test_public_rows_take_the_form_of_the_benchmark(tmp_path, name):
+    public = PUBLIC_TASKS[name]
+    row, text = TEXTS[name]
+    labels = list(public.answers)
+    every = [(row, label) for label in range(len(labels))]
+    write_fake(tmp_path, public.dataset, labels, {"train": every, public.test: every[:1], "unused": every})
+    options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds_public", **LOAD)
+    task = load_task(name, **options)
+    assert {instance.input for instance in task.train} == {text}
+    assert sorted(i.outputs[0] for i in task.train) == sorted(public.answers.values())
+    assert len(task.test) == 1 and task.metric == "exact_match"
+    assert "tensorflow" not in sys.modules
+
+
+def test_public_samples_are_seeded_and_have_the_published_size(tmp_path):
+    rows = [({"premise": f"P{i}", "hypothesis": "H"}, i % 3) for i in range(400)]
+    labels = ["entailment", "contradiction", "neutral"]
+    write_fake(tmp_path, "super_glue/cb", labels, {"train": rows, "validation": rows[:60]})
+    options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds_public")
+    task = load_task("cb", **options, **LOAD)
+    assert (len(task.train), len(task.test)) == PUBLISHED_SIZES["cb"]
+    assert task == load_task("cb", **options, **LOAD)
+    other = load_task("cb", **options, **{**LOAD, "seed": 1})
+    assert {i.input for i in task.train} != {i.input for i in other.train}
+    index = {f"sentence 1: {row['premise']}\nsentence 2: H": labels[label] for row, label in rows}
+    assert all(index[instance.input] == instance.outputs[0] for instance in task.train)
+
+
+def test_public_faults_say_what_to_do(tmp_path):
+    options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds_public", **LOAD)
+    with pytest.raises(ValueError, match="TFDS holds no task 'yelp'"):
+        load_task("yelp", **options)
+    with pytest.raises(FileNotFoundError, match="tfds build glue/sst2 --file_format=array_record"):
+        load_task("sst2", **options)
+    rows = [({"sentence": "S"}, 0), ({"sentence": "S"}, -1)]
+    write_fake(tmp_path, "glue/sst2", ["negative", "positive"], {"train": rows, "validation": rows[:1]})
+    with pytest.raises(ValueError, match="train row 1 has an empty output"):
+        load_task("sst2", **options)

@@ -1,0 +1,189 @@
+"""Checkpoints bit for bit, the errors of those that do not fit, and what a killed run may leave behind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapt_jax.optimization import make_optimizer
+from sapt_jax.pet import Lora
+from sapt_jax.programs import TrainState
+from sapt_jax.state import Trainable, init_frozen
+from sapt_jax.storage import checkpoints
+from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
+
+SITES = {"decoder": {"self_attention": {"query": (2, 6, 4), "value": (2, 6, 3)}}}
+OPTIMIZER = make_optimizer(1e-3, None, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1.0)
+
+
+def fill(seed, tree):
+    """Random values of every bit pattern that arithmetic gives, signed zeros and denormals included."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(rng.integers(0, 1000, leaf.shape), leaf.dtype)
+        values = rng.standard_normal(leaf.shape) * 10.0 ** rng.integers(-42, 30, leaf.shape)
+        return jnp.asarray(np.where(rng.random(leaf.shape) < 0.1, -0.0, values), leaf.dtype)
+
+    return jax.tree.map(draw, tree)
+
+
+def make_trainable(seed, rank=2, dtype=jnp.float32):
+    block = {
+        name: {"a": jnp.zeros((layers, fan_in, rank), dtype), "b": jnp.zeros((layers, rank, fan_out), dtype)}
+        for name, (layers, fan_in, fan_out) in SITES["decoder"]["self_attention"].items()
+    }
+    projection = {name: jnp.zeros(shape) for name, shape in (("down", (6, 3)), ("up", (3, 6)), ("scale", (6,)))}
+    empty = Trainable({"decoder": {"self_attention": block}}, jnp.zeros((6,)), projection)
+    return fill(seed, empty)
+
+
+def make_state(seed, **options):
+    trainable = make_trainable(seed, **options)
+    return fill(seed + 1, TrainState(trainable, OPTIMIZER.init(trainable), jnp.zeros((), jnp.int32)))
+
+
+def make_frozen(seed, capacity=3, rank=2):
+    base = {"embedding": jnp.zeros((5, 6))}
+    return fill(seed, init_frozen(base, Lora(rank, 8.0, False), SITES, 6, capacity)).replace(
+        enabled=jnp.ones((capacity,), bool)
+    )
+
+
+def assert_same_bits(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
+        assert one.dtype == other.dtype and one.sharding == other.sharding, path
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), path
+
+
+def save(folder, state, best, loop):
+    saved = TaskCheckpoints(folder)
+    saved.save(state, best, loop)
+    saved.close()
+
+
+def restore(folder, like):
+    saved = TaskCheckpoints(folder)
+    try:
+        return saved.restore(like)
+    finally:
+        saved.close()
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert restore(tmp_path / "task", make_state(0)) is None
+    assert checkpoints.latest_step(tmp_path / "task") == 0
+
+
+@pytest.mark.parametrize("loop", [Loop(7), Loop(7, 4, 0.1 + 0.2, 2, True, ((16, 4), (32, 8)))])
+def test_a_task_in_training_comes_back_bit_for_bit(loop, tmp_path):
+    state, best = make_state(1), make_trainable(3)
+    save(tmp_path, state, best, loop)
+    restored = restore(tmp_path, make_state(5))
+    assert_same_bits(restored[0], state)
+    assert_same_bits(restored[1], best)
+    assert restored[2] == loop
+    assert checkpoints.latest_step(tmp_path) == 7
+
+
+def test_the_latest_of_several_saves_wins(tmp_path):
+    saved = TaskCheckpoints(tmp_path)
+    for step in (5, 10, 100):
+        saved.save(make_state(step), make_trainable(step), Loop(step))
+    saved.close()
+    state, best, loop = restore(tmp_path, make_state(0))
+    assert_same_bits((state, best), (make_state(100), make_trainable(100)))
+    assert loop == Loop(100) and checkpoints.latest_step(tmp_path) == 100
+
+
+def test_what_is_saved_is_not_what_the_buffers_hold_later(tmp_path):
+    """The next train step donates the state's buffers while the save still runs."""
+    state, best = make_state(1), make_trainable(2)
+    want = jax.tree.map(np.array, state)
+    saved = TaskCheckpoints(tmp_path)
+    saved.save(state, best, Loop(1))
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)(state))
+    saved.close()
+    restored = restore(tmp_path, make_state(5))[0]
+    assert_same_bits(restored, jax.tree.map(jnp.asarray, want))
+
+
+def test_a_save_that_was_cut_short_is_not_taken_for_one(tmp_path):
+    save(tmp_path, make_state(1), make_trainable(1), Loop(5))
+    # Orbax writes into such a folder and renames it at the end.
+    (tmp_path / "steps" / "10.orbax-checkpoint-tmp" / "latest").mkdir(parents=True)
+    (tmp_path / "steps" / "10.orbax-checkpoint-tmp" / "latest" / "part").write_bytes(b"half")
+    assert checkpoints.latest_step(tmp_path) == 5
+    assert restore(tmp_path, make_state(0))[2] == Loop(5)
+    (tmp_path / "committed.orbax-checkpoint-tmp").mkdir()
+    assert not checkpoints.has_committed(tmp_path)
+    frozen, trainable = make_frozen(1), make_trainable(2)
+    checkpoints.save_committed(tmp_path, frozen, trainable)
+    assert checkpoints.has_committed(tmp_path)
+
+
+def test_a_task_in_training_that_does_not_fit_names_every_array(tmp_path):
+    save(tmp_path, make_state(1), make_trainable(1), Loop(5))
+    with pytest.raises(ValueError) as error:
+        restore(tmp_path, make_state(1, rank=3))
+    message = str(error.value)
+    assert str(tmp_path / "steps" / "5" / "latest") in message and "new --workdir" in message
+    for projection in ("query", "value"):
+        slot = f".slot['decoder']['self_attention']['{projection}']"
+        assert f".trainable{slot}['a']: the checkpoint has float32[2, 6, 2], this run float32[2, 6, 3]" in message
+        # The optimizer's two moments as well.
+        assert sum(f"{slot}['b']: " in line and ".opt_state" in line for line in message.splitlines()) == 2
+
+
+def test_a_committed_task_comes_back_bit_for_bit(tmp_path):
+    frozen, trainable = make_frozen(1), make_trainable(2)
+    checkpoints.save_committed(tmp_path, frozen, trainable)
+    before = make_frozen(3)
+    restored = checkpoints.load_committed(tmp_path, before, make_trainable(4))
+    # The pretrained model and what the config switches off are not part of it.
+    assert_same_bits(restored[0], frozen.replace(base=before.base, enabled=before.enabled))
+    assert_same_bits(restored[1], trainable)
+    assert checkpoints.saved_capacity(tmp_path) == 3
+
+
+def test_a_committed_task_that_does_not_fit_names_every_array(tmp_path):
+    checkpoints.save_committed(tmp_path, make_frozen(1), make_trainable(2))
+    smaller, wider = make_frozen(1, capacity=2), make_trainable(2, dtype=jnp.bfloat16)
+    projection = dict(wider.query_projection)
+    del projection["scale"]
+    wider = wider.replace(query_projection={**projection, "bias": jnp.zeros((6,))})
+    with pytest.raises(ValueError) as error:
+        checkpoints.load_committed(tmp_path, smaller, wider)
+    message = str(error.value)
+    assert str(tmp_path / "committed") in message
+    expected = {
+        "missing: ['trainable'].query_projection['bias']",
+        "unexpected: ['trainable'].query_projection['scale']",
+        "['keys']: the checkpoint has float32[3, 6], this run float32[2, 6]",
+        "['targets']: the checkpoint has float32[3, 3], this run float32[2, 2]",
+    }
+    for projection, width in (("query", 4), ("value", 3)):
+        site = f"['decoder']['self_attention']['{projection}']"
+        for name, saved, ours in (
+            ("a", [2, 6, 3, 2], [2, 6, 2, 2]),
+            ("b", [2, 3, 2, width], [2, 2, 2, width]),
+        ):
+            expected.add(f"['bank']{site}['{name}']: the checkpoint has float32{saved}, this run float32{ours}")
+        for name, shape in (("a", [2, 6, 2]), ("b", [2, 2, width])):
+            dtypes = f"the checkpoint has float32{shape}, this run bfloat16{shape}"
+            expected.add(f"['trainable'].slot{site}['{name}']: {dtypes}")
+    assert {line.strip() for line in message.splitlines()[1:]} == expected
+
+
+def test_an_order_may_only_grow_at_its_end(tmp_path):
+    names = ("first", "with-dash")
+    checkpoints.check_order(tmp_path, names)
+    for index, name in enumerate(names):
+        checkpoints.task_folder(tmp_path, index, name).mkdir(parents=True)
+    checkpoints.check_order(tmp_path, names)
+    checkpoints.check_order(tmp_path, (*names, "third"))
+    for order, wrong in ((names[::-1], "00-first"), (names[:1], "01-with-dash"), (("new", *names), "00-first")):
+        with pytest.raises(ValueError, match=f"{wrong}: task . of this run is"):
+            checkpoints.check_order(tmp_path, order)

@@ -1,0 +1,289 @@
+"""The train step against a written-out float64 reference in PyTorch: a loop over blocks, no factored mixture."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from sapt_jax import pet
+from sapt_jax.methods import SeqLora
+from sapt_jax.methods.base import Pools
+from sapt_jax.models.llama import Llama
+from sapt_jax.models.shapes import LlamaConfig
+from sapt_jax.optimization import make_optimizer
+from sapt_jax.pretrained import llama_weights as llama_tables
+from sapt_jax.pretrained.rules import to_foreign
+from sapt_jax.programs import TaskScalars, TrainState, make_train_step
+from sapt_jax.state import Trainable, commit, init_frozen
+from tests.helpers.tiny import tiny_method
+
+TASKS, RANK, ALPHA, KL_RATIO = 4, 3, 6.0, 0.7
+HF_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 40,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+CONFIG = LlamaConfig(50, 24, 2, 4, 2, 6, 40, 1e-6, 10000.0, (), 64, True)
+SGD = optax.sgd(1.0)
+MODEL = Llama(CONFIG, jnp.float32, "none")
+LORA = pet.Lora(RANK, ALPHA, stop_gradient_through_bank=False)
+PROMPT = pet.Prompt(prompt_length=4)
+FIELDS = {"pet": LORA, "kl_ratio": KL_RATIO, "query_hidden": 7}
+METHOD = tiny_method(**FIELDS)
+
+
+def make_state(seed, method=METHOD, tasks=TASKS):
+    """Random frozen and trainable trees: every block non-zero, so that every gradient path carries something."""
+    rng = np.random.default_rng(seed)
+    ids = jnp.zeros((1, 2), jnp.int32)
+    base = nn.meta.unbox(MODEL.init(jax.random.key(seed), ids, ids == 0, ids, ids == 0))["params"]
+    noise = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32)  # noqa: E731
+    frozen = init_frozen(base, method.pet, MODEL.pet_sites(CONFIG), CONFIG.d_model, tasks)
+    targets = np.tril(rng.random((tasks, tasks)) + 0.1)
+    targets /= targets.sum(axis=1, keepdims=True)
+    frozen = frozen.replace(
+        bank=jax.tree.map(noise, frozen.bank), keys=noise(frozen.keys), targets=jnp.asarray(targets, jnp.float32)
+    )
+    trainable = open_task(method, seed + 1, base, None)
+    return frozen, trainable.replace(slot=jax.tree.map(noise, trainable.slot))
+
+
+def open_task(method, seed, base, previous):
+    table = base["token_embedder"]["embedding"]
+    return method.open_task(jax.random.key(seed), MODEL.pet_sites(CONFIG), table, previous)
+
+
+def make_batch(seed, rows=6, source=9, target=5):
+    rng = np.random.default_rng(seed)
+    source_mask = np.arange(source)[None] >= rng.integers(0, source - 2, (rows, 1))
+    target_mask = np.arange(target)[None] < rng.integers(1, target + 1, (rows, 1))
+    return {
+        "source": np.where(source_mask, rng.integers(3, 50, (rows, source)), 0).astype(np.int32),
+        "source_mask": source_mask,
+        "target": np.where(target_mask, rng.integers(3, 50, (rows, target)), 0).astype(np.int32),
+        "target_mask": target_mask,
+    }
+
+
+def make_pools(seed, tasks=TASKS):
+    """One pseudo-sample for each task, so that what the step draws is known."""
+    rng = np.random.default_rng(seed)
+    pooled = rng.normal(0, 0.5, (tasks, 1, CONFIG.d_model)).astype(np.float32)
+    return Pools(jnp.asarray(pooled), jnp.ones((tasks,), jnp.int32))
+
+
+def scalars(index, slot=None, steps=10):
+    return TaskScalars(*(jnp.asarray(x, jnp.int32) for x in (index, index if slot is None else slot, steps)))
+
+
+@functools.cache
+def compiled_step(method, accumulation, optimizer):
+    return make_train_step(MODEL, method, optimizer, lambda step, total: 1.0, accumulation, 0, None)
+
+
+def run_step(method, frozen, trainable, batch, pools, task_index, accumulation=1, optimizer=None):
+    """(trainable before minus after under SGD with rate 1, that is the gradient; metrics)."""
+    optimizer = optimizer or SGD
+    step = compiled_step(method, accumulation, optimizer)
+    before = jax.tree.map(np.array, trainable)
+    # The step donates what it is given.
+    trainable = jax.tree.map(jnp.copy, trainable)
+    state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+    state, metrics = step(frozen, state, batch, pools, scalars(task_index))
+    return jax.tree.map(lambda x, y: x - np.array(y), before, state.trainable), metrics
+
+
+def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
+    """Loss, attention and gradients in float64, block by block."""
+    hf = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{k: v for k, v in HF_CONFIG.items() if k != "model_type"})
+    ).double()
+    weights = to_foreign(frozen.base, llama_tables.hf_table(HF_CONFIG))
+    hf.load_state_dict({k: torch.tensor(np.array(v, np.float64)) for k, v in weights.items()}, strict=False)
+    for parameter in hf.parameters():
+        parameter.requires_grad_(False)
+
+    def leaf(x):
+        return torch.tensor(np.array(x, np.float64), requires_grad=True)
+
+    slot, key, projection = jax.tree.map(leaf, (trainable.slot, trainable.key, trainable.query_projection))
+    keys = [torch.tensor(np.array(k, np.float64)) for k in frozen.keys[:task_index]] + [key]
+    blocks = [pet.read_slot(frozen.bank, t) for t in range(task_index)]
+    blocks = [jax.tree.map(lambda x: torch.tensor(np.array(x, np.float64)), block) for block in blocks] + [slot]
+
+    def attention(pooled):
+        hidden = torch.nn.functional.silu(pooled @ projection["down"] @ projection["up"])
+        query = torch.nn.functional.layer_norm(hidden, (CONFIG.d_model,), projection["scale"], projection["bias"], 1e-5)
+        scores = torch.stack([(query * k).sum(-1) / CONFIG.d_model**0.5 for k in keys], dim=-1)
+        return torch.softmax(scores, dim=-1)
+
+    table = hf.get_input_embeddings().weight
+    nll, count, mean_attention = 0.0, 0, 0.0
+    for row in range(len(batch["source"])):
+        source = torch.tensor(batch["source"][row][batch["source_mask"][row]], dtype=torch.long)
+        target = torch.tensor(batch["target"][row][batch["target_mask"][row]], dtype=torch.long)
+        a = attention(table[source].max(dim=0).values)
+        mean_attention = mean_attention + a / len(batch["source"])
+
+        def add_blocks(module, inputs, output, *, layer, name, a=a):
+            h = inputs[0]
+            for t, block in enumerate(blocks):
+                site = block["decoder"]["self_attention"][name]
+                seen = h.detach() if stop_gradient and t < task_index else h
+                output = output + a[t] * (ALPHA / RANK) * (seen @ site["a"][layer]) @ site["b"][layer]
+            return output
+
+        ids = torch.cat([source, target])
+        embedded, read = table[ids], len(source)
+        if "prompt" in slot:
+            mixed = sum(a[t] * block["prompt"] for t, block in enumerate(blocks))
+            embedded, read = torch.cat([mixed, embedded]), len(mixed) + len(source)
+        hooks = []
+        for layer, module in enumerate(hf.model.layers if "decoder" in slot else ()):
+            for name, projected in (("query", module.self_attn.q_proj), ("value", module.self_attn.v_proj)):
+                hooks.append(projected.register_forward_hook(functools.partial(add_blocks, layer=layer, name=name)))
+        log_probabilities = torch.log_softmax(hf(inputs_embeds=embedded[None]).logits[0], dim=-1)
+        for hook in hooks:
+            hook.remove()
+        for place, token in enumerate(target):
+            nll = nll - log_probabilities[read - 1 + place, token]
+            count += 1
+    task_loss = nll / count
+    reflection = 0.0
+    for earlier in range(task_index):
+        g = torch.tensor(np.array(frozen.targets[earlier, : task_index + 1], np.float64))
+        now = attention(torch.tensor(np.array(pools.pooled[earlier, 0], np.float64)))
+        reflection = reflection + sum(
+            g[j] * (torch.log(g[j]) - torch.log(now[j])) for j in range(task_index + 1) if g[j] > 0
+        )
+    loss = task_loss + KL_RATIO * reflection
+    loss.backward()
+    loss, reflection = loss.detach(), torch.as_tensor(reflection).detach()
+    zero = lambda x: np.zeros(x.shape) if x.grad is None else x.grad.numpy()  # noqa: E731
+    gradient = Trainable(jax.tree.map(zero, slot), zero(key), jax.tree.map(zero, projection))
+    return float(loss), float(reflection), mean_attention.detach().numpy(), gradient
+
+
+@pytest.mark.parametrize("task_index", [0, 1, 3])
+@pytest.mark.parametrize(
+    "kind", [LORA, pet.Lora(RANK, ALPHA, stop_gradient_through_bank=True), PROMPT], ids=["lora", "lora-stop", "prompt"]
+)
+def test_step_equals_the_written_out_reference(task_index, kind):
+    method = tiny_method(**{**FIELDS, "pet": kind})
+    stop_gradient = kind is not PROMPT and kind.stop_gradient_through_bank
+    frozen, trainable = make_state(task_index, method)
+    batch, pools = make_batch(10 + task_index), make_pools(20 + task_index)
+    expected = reference(frozen, trainable, batch, pools, task_index, stop_gradient)
+    loss, reflection, attention, gradient = expected
+    found, metrics = run_step(method, frozen, trainable, batch, pools, task_index)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
+    np.testing.assert_allclose(metrics["reflection_loss"], reflection, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(metrics["attention"][: task_index + 1], attention, atol=1e-6)
+    assert not np.any(metrics["attention"][task_index + 1 :])
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(gradient), strict=True):
+        scale = max(np.abs(theirs).max(), 1e-3)
+        np.testing.assert_allclose(ours, theirs, atol=3e-6 * scale + 3e-7, err_msg=jax.tree_util.keystr(path))
+
+
+def test_first_task_is_plain_lora():
+    frozen, trainable = make_state(5)
+    gradient, metrics = run_step(METHOD, frozen, trainable, make_batch(6), make_pools(7), 0)
+    assert metrics["attention"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert not any(np.any(x) for x in jax.tree.leaves((gradient.key, gradient.query_projection)))
+    assert all(np.any(x) for x in jax.tree.leaves(gradient.slot))
+
+
+def test_only_the_trainable_tree_changes():
+    frozen, trainable = make_state(8)
+    before = jax.tree.map(np.array, frozen)
+    optimizer = make_optimizer(1e-2, None, None, 0.9, 0.999, 1e-8, 0.0, 1.0)
+    gradient, _ = run_step(METHOD, frozen, trainable, make_batch(9), make_pools(9), 2, optimizer=optimizer)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, frozen))
+    assert all(np.any(x) for x in jax.tree.leaves(gradient))
+
+
+def test_later_slots_do_not_matter():
+    frozen, trainable = make_state(11)
+    batch, pools = make_batch(12), make_pools(13)
+    first, _ = run_step(METHOD, frozen, trainable, batch, pools, 1)
+    scrambled = frozen.replace(
+        bank=jax.tree_util.tree_map_with_path(
+            lambda path, x: x.at[:, :, 2:].set(9.0) if path[-1].key == "a" else x.at[:, 2:].set(9.0), frozen.bank
+        ),
+        keys=frozen.keys.at[2:].set(9.0),
+        targets=frozen.targets.at[2:].set(9.0),
+    )
+    second, _ = run_step(METHOD, scrambled, trainable, batch, pools, 1)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("accumulation", [2, 3])
+def test_accumulation_is_one_batch(accumulation):
+    frozen, trainable = make_state(14)
+    batch, pools = make_batch(15), make_pools(16)
+    whole, expected = run_step(METHOD, frozen, trainable, batch, pools, 2)
+    parts, found = run_step(METHOD, frozen, trainable, batch, pools, 2, accumulation)
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["attention"], expected["attention"], rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), parts, whole)
+
+
+def test_filler_rows_do_not_count():
+    frozen, trainable = make_state(17)
+    batch, pools = make_batch(18), make_pools(19)
+    padded = {k: np.concatenate([v, np.zeros((2, v.shape[1]), v.dtype)]) for k, v in batch.items()}
+    first, expected = run_step(METHOD, frozen, trainable, batch, pools, 2)
+    second, found = run_step(METHOD, frozen, trainable, padded, pools, 2)
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["attention"], expected["attention"], rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), second, first)
+
+
+def test_one_compile_for_five_tasks():
+    traces = []
+    method = tiny_method(**FIELDS)
+    optimizer = make_optimizer(1e-2, 1e-3, None, 0.9, 0.999, 1e-8, 0.0, 1.0)
+
+    def schedule(step, total):
+        traces.append(1)
+        return (step + 1) / total
+
+    step = make_train_step(MODEL, method, optimizer, schedule, 1, 0, None)
+    frozen, trainable = make_state(21, tasks=5)
+    committing = jax.jit(commit)
+    for task in range(5):
+        trainable = open_task(method, task, frozen.base, trainable)
+        state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+        for number in range(2):
+            batch = make_batch(task * 2 + number)
+            state, _ = step(frozen, state, batch, make_pools(task, 5), scalars(task, steps=10 + task))
+        trainable = state.trainable
+        frozen = committing(frozen, trainable, frozen.targets[task], task)
+    assert len(traces) == 1
+    assert step._cache_size() == 1
+
+
+def test_sequential_lora_has_no_attention_and_keeps_its_block():
+    method = tiny_method(SeqLora, **FIELDS)
+    frozen, trainable = make_state(22, method, tasks=1)
+    gradient, metrics = run_step(method, frozen, trainable, make_batch(23), make_pools(24, 1), 0)
+    assert metrics["attention"].tolist() == [1.0]
+    assert metrics["reflection_loss"] == 0
+    assert not any(np.any(x) for x in jax.tree.leaves((gradient.key, gradient.query_projection)))
+    again = open_task(method, 0, frozen.base, trainable)
+    jax.tree.map(np.testing.assert_array_equal, again, trainable)
