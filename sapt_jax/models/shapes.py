@@ -13,6 +13,7 @@ ROPE_TYPES = {
 }
 ROPE_OPTIONS = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
 LLAMA_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+T5_ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,9 @@ class LlamaConfig:
 def llama_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
     """Reads a Hugging Face configuration of model_type llama.
 
+    A field that is absent or null has the value that transformers takes for it, since a config.json holds only what
+    existed when it was written (LLaMA 1 and 2: no rope_theta). The fields that say how big the model is are needed.
+
     Args:
       config: the parsed `config.json`.
       where: the file, for error messages.
@@ -46,48 +50,48 @@ def llama_config_from_hf(config: Mapping[str, Any], where: str = "config.json") 
     """
     if config.get("model_type") != "llama":
         raise ValueError(f"{where}: model_type is {config.get('model_type')!r}, this is the loader for 'llama'.")
+    config = _given(
+        config,
+        where,
+        ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    )
     for flag in ("attention_bias", "mlp_bias"):
         if config.get(flag):
             raise ValueError(f"{where}: {flag}=true is not supported; LLaMA's own checkpoints have no biases.")
-    required = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "rms_norm_eps",
-    )
-    missing = [name for name in required if name not in config]
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        missing.append("rope_theta")
-    if missing:
-        raise ValueError(f"{where}: missing {', '.join(missing)}. Take the config.json that came with the weights.")
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     kind = rope.get("rope_type", rope.pop("type", "default"))
     _check_rope(kind, rope, where)
     rope["rope_type"] = kind
-    activation = config.get("hidden_act", "silu")
-    if activation not in LLAMA_ACTIVATIONS:
-        raise ValueError(
-            f"{where}: hidden_act {activation!r} is not supported; supported are {', '.join(LLAMA_ACTIVATIONS)}."
-        )
     heads = config["num_attention_heads"]
     return LlamaConfig(
         vocab_size=config["vocab_size"],
         d_model=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        num_kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim", config["hidden_size"] // heads),
         d_ff=config["intermediate_size"],
-        norm_eps=config["rms_norm_eps"],
+        norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=float(theta),
         rope_scaling=() if kind == "default" else tuple(sorted(rope.items())),
         max_positions=config.get("max_position_embeddings", 2048),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        activation=activation,
+        activation=_known(config.get("hidden_act", "silu"), "hidden_act", LLAMA_ACTIVATIONS, where),
     )
+
+
+def _given(config: Mapping[str, Any], where: str, needed: tuple[str, ...]) -> dict[str, Any]:
+    given = {name: value for name, value in config.items() if value is not None}
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(f"{where}: missing {', '.join(missing)}. Take the config.json that came with the weights.")
+    return given
+
+
+def _known(value: str, field: str, known: tuple[str, ...], where: str) -> str:
+    if value not in known:
+        raise ValueError(f"{where}: {field} {value!r} is not supported; supported are {', '.join(known)}.")
+    return value
 
 
 def _check_rope(kind: str, rope: Mapping[str, Any], where: str) -> None:
@@ -154,6 +158,9 @@ class T5Config:
 def t5_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> T5Config:
     """Reads a Hugging Face configuration of model_type t5, mt5 or umt5.
 
+    A field that is absent or null has the value that transformers takes for it: T5 1.0's config.json was written before
+    most of them existed. The fields that say how big the model is are needed.
+
     Args:
       config: the parsed `config.json`. Its `tie_word_embeddings` is believed, so it must say what the weights say:
         transformers 5 writes true for every T5.
@@ -165,34 +172,37 @@ def t5_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> 
     kind = config.get("model_type")
     if kind not in ("t5", "mt5", "umt5"):
         raise ValueError(f"{where}: model_type is {kind!r}, this is the loader for 't5', 'mt5' and 'umt5'.")
-    required = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff", "layer_norm_epsilon")
-    missing = [name for name in (*required, "relative_attention_num_buckets") if name not in config]
-    if missing:
-        raise ValueError(f"{where}: missing {', '.join(missing)}. Take the config.json that came with the weights.")
+    config = _given(config, where, ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff"))
     if config.get("decoder_start_token_id", 0) != 0:
         raise ValueError(
             f"{where}: decoder_start_token_id is {config['decoder_start_token_id']}; this T5 starts its answers with 0."
         )
-    projection = config.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
-    activation = projection.removeprefix("gated-")
-    if projection == "gated-gelu":
-        activation = "gelu_new"
+    activation, gated = _t5_mlp(config, where)
     return T5Config(
         vocab_size=config["vocab_size"],
         d_model=config["d_model"],
         num_encoder_layers=config["num_layers"],
-        num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
+        num_decoder_layers=config.get("num_decoder_layers", config["num_layers"]),
         num_heads=config["num_heads"],
         head_dim=config["d_kv"],
         d_ff=config["d_ff"],
         activation=activation,
-        gated=projection.startswith("gated-"),
-        norm_eps=config["layer_norm_epsilon"],
-        relative_buckets=config["relative_attention_num_buckets"],
+        gated=gated,
+        norm_eps=config.get("layer_norm_epsilon", 1e-6),
+        relative_buckets=config.get("relative_attention_num_buckets", 32),
         relative_max_distance=config.get("relative_attention_max_distance", 128),
         tie_embeddings=bool(config.get("tie_word_embeddings", True)),
         bias_per_layer=kind == "umt5",
     )
+
+
+def _t5_mlp(config: Mapping[str, Any], where: str) -> tuple[str, bool]:
+    projection = config.get("feed_forward_proj", "relu" if config["model_type"] == "t5" else "gated-gelu")
+    activation = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
+    # transformers derives these two from the field before, then lets a config.json that holds them overrule it.
+    gated = bool(config.get("is_gated_act", projection.startswith("gated-")))
+    field = "dense_act_fn" if "dense_act_fn" in config else "feed_forward_proj"
+    return _known(config.get("dense_act_fn", activation), field, T5_ACTIVATIONS, where), gated
 
 
 def _t5(d, layers, heads, head_dim, ff, generation, vocab=32128) -> T5Config:

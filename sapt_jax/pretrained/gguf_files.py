@@ -15,6 +15,8 @@ from sapt_jax.pretrained.rules import Index
 # What llama.cpp's converter took to write rope_freqs.weight, in every Llama 3.1, 3.2 and 3.3 (the factor
 # differs).
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# What llama.cpp takes where a file has no llama.rope.freq_base, as those of LLaMA 1 and 2 have none.
+_ROPE_BASE = 10000.0
 _VALUES_AT_ONCE = 2**20
 
 
@@ -98,7 +100,7 @@ def read_config(file: Path) -> dict[str, Any]:
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if metadata.get(key, head_dim) != head_dim:
             raise ValueError(f"{file}: {key} = {metadata.get(key)} differs from the head width {head_dim}")
-    theta = metadata.need("llama.rope.freq_base")
+    theta = metadata.get("llama.rope.freq_base", _ROPE_BASE)
     config = {
         "model_type": "llama",
         "vocab_size": shapes["token_embd.weight"][0],

@@ -12,23 +12,35 @@ from safetensors import SafetensorError, safe_open
 
 from sapt_jax.pretrained.rules import ArraySource, Index, Source
 
+# Configs older than the field model_type name a class alone, some by a name that the class no longer has.
+_CLASSES = {
+    "LLaMAForCausalLM": "llama",
+    "LlamaForCausalLM": "llama",
+    "MT5ForConditionalGeneration": "mt5",
+    "T5ForConditionalGeneration": "t5",
+    "T5WithLMHeadModel": "t5",
+    "UMT5ForConditionalGeneration": "umt5",
+}
 _SAFETENSORS, _TORCH = "model.safetensors", "pytorch_model.bin"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads a folder's config.json.
+    """Reads a folder's config.json; a model_type that it lacks is that of its `architectures`.
 
     Raises:
       FileNotFoundError: it has none.
-      ValueError: it is broken, or says no model_type.
+      ValueError: it is broken, or says neither a model_type nor a known architecture.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: give a Hugging Face model folder or a .gguf file")
     config = read_json(file)
-    if "model_type" not in config:
-        raise ValueError(f"{file} has no field model_type: it is not the config of a transformers model")
-    return config
+    if config.get("model_type"):
+        return config
+    for name in config.get("architectures") or ():
+        if name in _CLASSES:
+            return {**config, "model_type": _CLASSES[name]}
+    raise ValueError(f"{file} has no field model_type: it is not the config of a transformers model")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -288,8 +288,8 @@ def test_config_reader_takes_both_forms_of_rope_scaling():
         ),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported are silu, gelu"),
         (
-            {"rms_norm_eps": None, "rope_theta": None},
-            "missing rms_norm_eps, rope_theta. Take the config.json",
+            {"hidden_size": None, "num_hidden_layers": None},
+            "missing hidden_size, num_hidden_layers. Take the config.json",
         ),
     ],
 )

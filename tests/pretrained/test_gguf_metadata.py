@@ -57,6 +57,12 @@ def llama3_divisors(theta, factor, low, high, original):
     return np.array(divisors, np.float32)
 
 
+def test_a_file_of_llama_1_or_2_has_no_rope_base(tmp_path):
+    metadata = {key: value for key, value in METADATA.items() if key != "llama.rope.freq_base"}
+    config = llama_config_from_hf(read_model_config(write_gguf(tmp_path / "m.gguf", metadata, TIED)))
+    assert config.rope_theta == 10000.0
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_frequencies_become_rope_scaling(tmp_path, factor):
     metadata = METADATA | {"llama.rope.freq_base": 500000.0}
@@ -129,7 +135,7 @@ def test_old_linear_scaling_is_read(tmp_path):
         ),
         ({"llama.attention.head_count_kv": [2, 4]}, "head_count_kv differs between layers"),
         ({"llama.block_count": None}, "no metadata field llama.block_count"),
-        ({"llama.rope.freq_base": None}, "no metadata field llama.rope.freq_base"),
+        ({"llama.block_count": None}, "no metadata field llama.block_count"),
     ],
 )
 def test_what_the_model_cannot_do_is_an_error_that_names_the_field(tmp_path, change, match):

@@ -328,6 +328,9 @@ def test_broken_files_are_named(tmp_path):
     config.write_text("{}")
     with pytest.raises(ValueError, match="no field model_type"):
         read_model_config(tmp_path)
+    config.write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(ValueError, match="no field model_type"):
+        read_model_config(tmp_path)
     config.write_text(json.dumps({"model_type": "mamba"}))
     (tmp_path / "model.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(ValueError, match=r"model\.safetensors is not a valid safetensors file"):
