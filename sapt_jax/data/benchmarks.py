@@ -132,7 +132,7 @@ def _from_demo(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed)
 def _tfds_module(name: str):
     # Imported on use: TFDS is optional.
     try:
-        return importlib.import_module(f"sapt_jax.data.{name}")
+        return importlib.import_module(f"sapt_jax.data.sources.{name}")
     except ImportError as error:
         raise ValueError(
             f"the TFDS sources need a package that is missing ({error}). Install them with: "
