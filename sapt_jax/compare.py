@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from sapt_jax.results import run_log, terminal
+from sapt_jax.results import terminal
+from sapt_jax.results.scores import read_scores
 
 METHOD_NAMES = {"sapt": "SAPT-LoRA", "seq_lora": "sequential LoRA"}
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, output: TextIO | None = None) -
     folders = parser.parse_args(arguments).folders
     console = terminal.make_console(output)
     try:
-        runs = tuple(run_log.read_scores(folder) for folder in folders)
+        runs = tuple(read_scores(folder) for folder in folders)
         console.print(terminal.compare_runs(run_names(runs, folders), runs, width=console.width))
     except (FileNotFoundError, ValueError) as error:
         print(f"sapt_jax.compare: {error}", file=sys.stderr)

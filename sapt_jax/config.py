@@ -15,7 +15,7 @@ from sapt_jax.models.kernels import KERNELS
 from sapt_jax.optimization import SCHEDULES
 from sapt_jax.pseudo_samples.read import PSEUDO_SOURCES
 from sapt_jax.results.metrics import REFERENCE_CHOICES
-from sapt_jax.results.run_log import to_jsonable, write_text_atomically
+from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
 POSITIVE = (
     "pet.rank",

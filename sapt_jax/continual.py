@@ -15,7 +15,10 @@ from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES, resolve_task_order
 from sapt_jax.data.stream import split_names
 from sapt_jax.fit import fit
 from sapt_jax.pseudo_samples.writer import make_generator, with_written_pool
-from sapt_jax.results import metrics, run_log, terminal
+from sapt_jax.results import metrics, terminal
+from sapt_jax.results.curves import RunLog
+from sapt_jax.results.predictions import predictions_file, write_predictions
+from sapt_jax.results.scores import read_single_task_scores, write_scores
 from sapt_jax.run import Learner, build, make_method
 from sapt_jax.state import Frozen, Trainable, grow
 from sapt_jax.storage import checkpoints, preemption
@@ -102,7 +105,7 @@ def _run_tasks(
     generator = make_generator(config, learner) if generates else None
     trainable = None
     matrix = metrics.empty_matrix(len(names))
-    with run_log.RunLog(workdir, resume_from=_resume_point(folders)) as log:
+    with RunLog(workdir, resume_from=_resume_point(folders)) as log:
         for index, folder in enumerate(folders):
             fresh = learner.open_task(config.seed, index, base, trainable)
             if checkpoints.has_committed(folder):
@@ -172,7 +175,7 @@ def _protocol(config: Any) -> dict[str, Any]:
 
 def _single_task_scores(config: Any, names: tuple[str, ...]) -> dict[str, float]:
     workdirs = split_names(config.eval.single_task_runs)
-    scores = run_log.read_single_task_scores(workdirs, _protocol(config))
+    scores = read_single_task_scores(workdirs, _protocol(config))
     missing = [name for name in names if name not in scores]
     if workdirs and missing:
         raise ValueError(f"config.eval.single_task_runs has no run of {', '.join(missing)}.")
@@ -213,7 +216,7 @@ def _test(
     names = [task.name for task in tasks]
     if preemption.requested():
         raise preemption.PreemptedError(f"before the test of {names[tested]} after task {names[task_index]}")
-    file = run_log.predictions_file(results, names, task_index, tested)
+    file = predictions_file(results, names, task_index, tested)
     if file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines()
         return float(np.mean([json.loads(line)["score"] for line in lines]))
@@ -222,7 +225,7 @@ def _test(
     scores = metrics.score_instances(
         texts, task.task.test, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
     )
-    run_log.write_predictions(
+    write_predictions(
         results,
         task_order=names,
         task_index=task_index,
@@ -266,5 +269,5 @@ def _write_scores(
     if set(names) <= set(categories):
         last = dict(zip(names, finished[-1], strict=False))
         scores["category_scores"] = metrics.mean_by_category(last, categories)
-    run_log.write_scores(results, **scores)
+    write_scores(results, **scores)
     return scores

@@ -14,8 +14,8 @@ from rich.console import Console
 from sapt_jax.data.batching import steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask
 from sapt_jax.programs import TaskScalars
+from sapt_jax.results.curves import RunLog
 from sapt_jax.results.metrics import score_task
-from sapt_jax.results.run_log import RunLog
 from sapt_jax.results.terminal import TrainingProgress
 from sapt_jax.run import Learner
 from sapt_jax.sharding import own_slice, place_batch, replicate

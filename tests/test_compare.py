@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from sapt_jax import compare
-from sapt_jax.results import metrics, run_log
+from sapt_jax.results import metrics
+from sapt_jax.results.scores import write_scores
 
 
 def _write(folder, method, matrix, task_order=("a", "b")):
-    run_log.write_scores(
+    write_scores(
         folder,
         method=method,
         task_order=task_order,

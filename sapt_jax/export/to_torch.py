@@ -29,10 +29,10 @@ from sapt_jax.pet import read_slot
 from sapt_jax.pretrained.hf import read_json
 from sapt_jax.pretrained.loading import format_of
 from sapt_jax.pretrained.locate import resolve_path
-from sapt_jax.results.run_log import to_jsonable
 from sapt_jax.run import make_method
 from sapt_jax.state import Trainable
 from sapt_jax.storage.new_folder import new_folder
+from sapt_jax.storage.text_files import to_jsonable
 
 MODEL, RUN, MODELING, BASE = "model.safetensors", "run.safetensors", "modeling_sapt.py", "base"
 

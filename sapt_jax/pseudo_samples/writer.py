@@ -33,9 +33,10 @@ from sapt_jax.pretrained.tokenizer import Tokenizer
 from sapt_jax.pseudo_samples import written_samples
 from sapt_jax.pseudo_samples.read import encode_pseudo_samples, pool_size, read_pseudo_samples
 from sapt_jax.pseudo_samples.written_samples import Collection
-from sapt_jax.results.run_log import RunLog, to_jsonable, write_text_atomically
+from sapt_jax.results.curves import RunLog
 from sapt_jax.run import Learner, make_learner, make_method
 from sapt_jax.state import Frozen, Trainable
+from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
 EXAMPLES = 5
 

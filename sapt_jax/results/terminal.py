@@ -195,7 +195,7 @@ def compare_runs(names: tuple[str, str], runs: tuple[Mapping[str, Any], Mapping[
 
     Args:
         names: what to call them.
-        runs: from run_log.read_scores. They must have the same task order.
+        runs: from scores.read_scores. They must have the same task order.
         width: columns of the terminal; the matrices stand side by side where there is room.
 
     Raises:

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="base models are written by transform
 from configs.common import get_config  # noqa: E402
 from sapt_jax.config import flatten  # noqa: E402
 from sapt_jax.convert.__main__ import main  # noqa: E402
-from sapt_jax.results.run_log import to_jsonable  # noqa: E402
+from sapt_jax.storage.text_files import to_jsonable  # noqa: E402
 from tests.helpers.learned_runs import TASKS, make_base, make_run  # noqa: E402
 from tests.helpers.run_files import assert_same_arrays, committed  # noqa: E402
 

@@ -10,7 +10,8 @@ from etils.epath import backend as epath_backend
 from etils.epath import gpath
 
 from sapt_jax import continual
-from sapt_jax.results import run_log
+from sapt_jax.results.curves import RunLog
+from sapt_jax.results.scores import read_scores, write_scores
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.paths import as_path, is_remote
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
@@ -82,7 +83,7 @@ def test_text_files_in_an_object_store(monkeypatch, caplog):
     def steps():
         return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
-    with caplog.at_level(logging.WARNING), run_log.RunLog(workdir, resume_from=None) as log:
+    with caplog.at_level(logging.WARNING), RunLog(workdir, resume_from=None) as log:
         for step in (1, 2):
             log.log("train", task_index=0, task="shout", step=step, loss=0.5)
         assert steps() == []
@@ -91,11 +92,11 @@ def test_text_files_in_an_object_store(monkeypatch, caplog):
         log.log("train", task_index=0, task="shout", step=3, loss=0.5)
     assert steps() == [1, 2, 3]
     assert "gs://bucket/run: no TensorBoard events in an object store" in caplog.text
-    with run_log.RunLog(workdir, resume_from=(0, 2)) as log:
+    with RunLog(workdir, resume_from=(0, 2)) as log:
         log.log("train", task_index=0, task="shout", step=4, loss=0.5)
     assert steps() == [1, 2, 4]
 
-    file = run_log.write_scores(
+    file = write_scores(
         workdir,
         method="sapt",
         task_order=("shout",),
@@ -107,7 +108,7 @@ def test_text_files_in_an_object_store(monkeypatch, caplog):
         config={},
     )
     assert str(file) == "gs://bucket/run/scores.json"
-    assert run_log.read_scores("gs://bucket/run")["matrix"].tolist() == [[25.0]]
+    assert read_scores("gs://bucket/run")["matrix"].tolist() == [[25.0]]
 
 
 def test_a_checkpoint_in_an_object_store_counts_when_it_is_closed(monkeypatch):

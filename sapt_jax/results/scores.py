@@ -1,0 +1,106 @@
+"""DIR/scores.json: score matrix, metrics, task order, seeds, protocol and config of a run.
+
+Only process 0 of a run on several hosts writes. JSON has no NaN: it is written as null.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from sapt_jax.storage.paths import as_path
+from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
+
+SCORES_FORMAT = 1
+_SCORES_FIELDS = tuple("format method task_order metric_per_task matrix summary seeds protocol config".split())
+
+
+def write_scores(
+    workdir: str | Path,
+    *,
+    method: str,
+    task_order: Sequence[str],
+    metric_per_task: Mapping[str, str],
+    matrix: np.ndarray,
+    summary: Mapping[str, float | None],
+    seeds: Mapping[str, int],
+    protocol: Mapping[str, Any],
+    config: Any,
+    **extra: Any,
+) -> epath.Path:
+    """Writes DIR/scores.json atomically and returns its path. Call it after every task.
+
+    Args:
+        method: name of the continual-learning method.
+        task_order: [T] task names, in the order they are trained.
+        metric_per_task: task -> "rouge_l" | "exact_match".
+        matrix: [T, T] scores, NaN where there is none (yet).
+        summary: from metrics.summarise, over the tasks finished so far.
+        protocol: every setting that a score depends on beside the model, such as dev_is_test or references.
+        config: the run's config, a ConfigDict or a mapping.
+        extra: more fields, such as single_task_scores or reflection_targets.
+    """
+    path = as_path(workdir) / "scores.json"
+    payload = {
+        "format": SCORES_FORMAT,
+        "method": method,
+        "task_order": task_order,
+        "metric_per_task": metric_per_task,
+        "matrix": matrix,
+        "summary": summary,
+        "seeds": seeds,
+        "protocol": protocol,
+        **extra,
+        "config": config,
+    }
+    if jax.process_index() == 0:
+        write_text_atomically(path, json.dumps(to_jsonable(payload), indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_scores(workdir: str | Path) -> dict[str, Any]:
+    """Reads DIR/scores.json; "matrix" becomes a [T, T] float64 array with NaN for null.
+
+    Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
+    """
+    path = as_path(workdir) / "scores.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the --workdir of a run that has finished a task")
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON ({error}); run again to write it anew") from None
+    missing = [field for field in _SCORES_FIELDS if not isinstance(scores, dict) or field not in scores]
+    if missing:
+        raise ValueError(f"{path}: not the scores of a run (without {', '.join(missing)})")
+    if scores["format"] != SCORES_FORMAT:
+        raise ValueError(
+            f"{path}: written in format {scores['format']}, this version reads {SCORES_FORMAT}; run it again"
+        )
+    scores["matrix"] = np.array(scores["matrix"], dtype=np.float64)
+    size = len(scores["task_order"])
+    if scores["matrix"].shape != (size, size):
+        raise ValueError(f"{path}: the matrix has shape {scores['matrix'].shape}, but task_order has {size} tasks")
+    return scores
+
+
+def read_single_task_scores(workdirs: Sequence[str], protocol: Mapping[str, Any]) -> dict[str, float]:
+    """Task -> score of runs that learned one task each, what FWT compares with.
+
+    Raises FileNotFoundError or ValueError: a folder without scores, a run of several tasks, or another protocol.
+    """
+    scores = {}
+    for workdir in workdirs:
+        run = read_scores(workdir)
+        if len(run["task_order"]) != 1:
+            raise ValueError(f"{workdir}: a run of {len(run['task_order'])} tasks; FWT needs runs of one task each")
+        wanted = to_jsonable(protocol)
+        differ = sorted(name for name in wanted if run["protocol"].get(name) != wanted[name])
+        if differ:
+            raise ValueError(f"{workdir}: scored with other settings of {', '.join(differ)}; run it with this run's")
+        scores[run["task_order"][0]] = float(run["matrix"][0, 0])
+    return scores
