@@ -10,13 +10,13 @@ from configs import paper
 
 ABLATIONS = {
     # Nothing holds the attention of earlier tasks in place.
-    "without_arm": {"kl_ratio": 0.0},
+    "without_arm": {"sapt.kl_ratio": 0.0},
     # Each task learns its block alone, at weight 1. Its key then learns from the warm start, not from the task.
-    "without_attentive_learning": {"attention.learning": "own", "attention.warm_start_steps": 100},
+    "without_attentive_learning": {"sapt.learning": "own", "sapt.warm_start_steps": 100},
     # Blocks learn under the attention, and are mixed alike at test time.
-    "without_attentive_selection": {"attention.selection": "mean"},
+    "without_attentive_selection": {"sapt.selection": "mean"},
     # Blocks are mixed alike in training and at test time.
-    "mean_attention": {"attention.learning": "mean", "attention.selection": "mean"},
+    "mean_attention": {"sapt.learning": "mean", "sapt.selection": "mean"},
 }
 
 

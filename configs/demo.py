@@ -1,14 +1,14 @@
 """Six short tasks on SmolLM2-135M; `make demo` runs it, and then the same stream with plain sequential LoRA.
 
 python -m sapt_jax.main --config=configs/demo.py --workdir=runs/demo/sapt
-python -m sapt_jax.main --config=configs/demo.py --config.method=seq_lora --workdir=runs/demo/seq_lora
+python -m sapt_jax.main --config=configs/demo.py --config.method=sequential --workdir=runs/demo/sequential
 """
 
-from configs import common
+from sapt_jax.config import default_config
 
 
 def get_config():
-    c = common.get_config()
+    c = default_config()
     c.benchmark = "demo"
     c.data_dir = ".demo-data"
     c.task_order = "tweet_sentiment,number_spanish,city_country,tech_support,news_tone,number_french"
@@ -18,10 +18,10 @@ def get_config():
     c.pseudo_samples.source = "train"
     c.pseudo_samples.minimum = 8
     # For pseudo_samples.source=generate; a minute for each task.
-    c.pseudo_samples.generator.learning_rate = 3e-3
-    c.pseudo_samples.generator.steps = 44
-    c.pseudo_samples.generator.batch_size = 8
-    c.pseudo_samples.generator.max_length = 96
+    c.pseudo_samples.writer.learning_rate = 3e-3
+    c.pseudo_samples.writer.steps = 44
+    c.pseudo_samples.writer.batch_size = 8
+    c.pseudo_samples.writer.max_length = 96
     c.data.max_source_length = 64
     c.data.max_target_length = 16
     c.data.max_train = 88
@@ -33,10 +33,13 @@ def get_config():
     c.train.batch_size = 8
     c.train.eval_every_epochs = 2
     c.optimizer.learning_rate = 2e-3
-    c.attention.warm_start_steps = 100
+    c.sapt.warm_start_steps = 100
     # What the warm start found must not be shaken by the block's high rate.
-    c.optimizer.query_projection_learning_rate = 2e-4
-    c.optimizer.key_learning_rate = 5e-4
+    c.optimizer.rates = (
+        ("selector/query_projection/.*", 0.1),
+        ("selector/key", 0.25),
+        (".*", 1.0),
+    )
     c.eval.batch_size = 24
     c.eval.max_new_tokens = 14
     return c

@@ -1,14 +1,14 @@
 """The four settings of the paper's runs, as its released scripts have them (circle-hit/SAPT, gen_script_*.py).
 
 What the scripts leave at its default is the default of transformers 4.30: AdamW (0.9, 0.999, 1e-8), no weight decay,
-clip 1.0, seed 42, which `common` has. Where `common` mends the protocol (a masked pool, a dev set of its own, true
+clip 1.0, seed 42, which are the defaults of sapt_jax/config.py. Where those mend the protocol (a masked pool, a dev set of its own, true
 gradients), these keep it mended, and the argument `protocol=released` brings the released behaviour back. T5's own
 dropout, 0.1 in the released code, is off.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from sapt_jax.config import default_config
 
 # Where the weights are expected; `--config.model.path` names another place. The paper does not say which generation of
 # T5 it used. Its code needs d_model == heads * d_kv, which rules out 1.0's 3B and 11B.
@@ -43,7 +43,7 @@ def parse_argument(argument: str, **defaults: str) -> dict[str, str]:
 
 
 def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
-    """Sets every switch of the protocol as `common` has it ("mended") or as the released code had it ("released").
+    """Sets every switch of the protocol as sapt_jax/config.py has it ("mended") or as the released code had it ("released").
 
     The released code picks the best checkpoint on the test set, pools over padding, cuts the end of a long prompt and
     with it "Output: ", draws one of several references for training and scoring alike, keeps rows without an answer,
@@ -52,7 +52,7 @@ def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
     if protocol == "released":
         is_llama = c.pseudo_samples.dir.endswith("_llama")
         c.data.dev_is_test = True
-        c.attention.pool_padding = True
+        c.sapt.pool_padding = True
         c.data.truncation = "end"
         c.data.references = "random"
         c.eval.references = "random"
@@ -74,7 +74,7 @@ def choose_folder(folders: dict[str, str], size: str) -> str:
 
 
 def _t5(order: str, size: str) -> ConfigDict:
-    c = common.get_config()
+    c = default_config()
     c.task_order = order
     c.model.path = choose_folder(T5_FOLDERS, size)
     c.optimizer.learning_rate = 3e-4
@@ -83,7 +83,7 @@ def _t5(order: str, size: str) -> ConfigDict:
     c.eval.batch_size = 128
     c.data.max_source_length = 512
     # As many as one update of the released code sees of each task.
-    c.pseudo_samples.batch_size = 32
+    c.sapt.reflection_batch = 32
     return c
 
 
@@ -95,7 +95,7 @@ def superni_t5(argument: str, size: str) -> ConfigDict:
     c.train.epochs = 100
     c.pet.rank = 4
     # The script's 0.5, which is not divided by the 4 accumulated batches that it is added to.
-    c.kl_ratio = 2.0
+    c.sapt.kl_ratio = 2.0
     c.pseudo_samples.dir = "lora_gen_superni_t5"
     return apply_protocol(c, chosen["protocol"])
 
@@ -109,13 +109,13 @@ def long_t5(argument: str, size: str) -> ConfigDict:
     c.train.epochs = 10
     c.pet.rank = 8
     # The script's 0.1, which is not divided by the 2 accumulated batches that it is added to.
-    c.kl_ratio = 0.2
+    c.sapt.kl_ratio = 0.2
     c.pseudo_samples.dir = "lora_gen_long_t5"
     return apply_protocol(c, chosen["protocol"])
 
 
 def _llama(order: str, size: str) -> ConfigDict:
-    c = common.get_config()
+    c = default_config()
     c.task_order = order
     c.model.path = choose_folder(LLAMA_FOLDERS, size)
     # It does not fit one device beside its activations: all devices share the weights and recompute.
@@ -129,9 +129,9 @@ def _llama(order: str, size: str) -> ConfigDict:
     c.data.max_source_length = 1024
     c.pet.rank = 4
     # transformers re-initialises the new projection with LLaMA's initializer_range.
-    c.attention.query_init_std = 0.02
+    c.sapt.query_init_std = 0.02
     # As many as one update of the released code sees of each task: its GPUs draw the same ones.
-    c.pseudo_samples.batch_size = 8
+    c.sapt.reflection_batch = 8
     return c
 
 
@@ -142,7 +142,7 @@ def superni_llama(argument: str, size: str) -> ConfigDict:
     c.benchmark = "superni"
     c.train.epochs = 50
     # The script's value; DeepSpeed divides it and the task loss alike.
-    c.kl_ratio = 1.0
+    c.sapt.kl_ratio = 1.0
     c.pseudo_samples.dir = "lora_gen_superni_llama"
     return apply_protocol(c, chosen["protocol"])
 
@@ -158,6 +158,6 @@ def long_llama(argument: str, size: str) -> ConfigDict:
     c.benchmark = "long_sequence"
     c.train.epochs = 20
     # The script's value; DeepSpeed divides it and the task loss alike.
-    c.kl_ratio = 2.0
+    c.sapt.kl_ratio = 2.0
     c.pseudo_samples.dir = "lora_gen_long_llama"
     return apply_protocol(c, chosen["protocol"])

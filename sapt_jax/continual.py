@@ -1,6 +1,6 @@
-"""The task sequence: open a slot, fit, measure the reflection target, commit, save, test; resumable at every step."""
+"""The story of a run, told once: tasks come in turn; each is begun, fitted, measured, ended, saved, tested and told."""
 
-import json
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +9,22 @@ import jax
 import numpy as np
 from etils import epath
 
-from sapt_jax import sharding
-from sapt_jax.config import check_config, check_same_run, flatten, record_config
-from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES, resolve_task_order
+from sapt_jax import sharding, state
+from sapt_jax.config import check_config, check_same_run, make_method, protocol_of, record_config
+from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.stream import split_names
+from sapt_jax.evaluation import test
 from sapt_jax.fit import fit
-from sapt_jax.pseudo_samples.writer import make_generator, with_written_pool
-from sapt_jax.results import metrics, terminal
-from sapt_jax.results.curves import RunLog
-from sapt_jax.results.predictions import predictions_file, write_predictions
-from sapt_jax.results.scores import read_single_task_scores, write_scores
-from sapt_jax.run import Learner, build, make_method
-from sapt_jax.state import Frozen, Trainable, grow
-from sapt_jax.storage import checkpoints, preemption
+from sapt_jax.methods.base import Samples, Seen
+from sapt_jax.passes import map_sources, sum_batches
+from sapt_jax.pseudo_samples import pools
+from sapt_jax.pseudo_samples.writer import make_writer, write_pool
+from sapt_jax.results.scores import read_single_task_scores
+from sapt_jax.run import Run, open_run
+from sapt_jax.state import Frozen, Trainable, Tree
+from sapt_jax.storage import checkpoints
 from sapt_jax.storage.paths import as_path
-
-# The settings that a score depends on beside model and training; they are told with every score.
-PROTOCOL = (
-    "data.dev_is_test",
-    "data.truncation",
-    "data.references",
-    "data.target_keeps_end",
-    "data.add_bos",
-    "data.max_source_length",
-    "data.max_target_length",
-    "data.dev_size",
-    "data.max_train",
-    "data.max_dev",
-    "data.max_test",
-    "data.seed",
-    "data.on_bad_instance",
-    "attention.pool_padding",
-    "pet.kind",
-    "pet.stop_gradient_through_bank",
-    "eval.references",
-    "eval.max_new_tokens",
-    "eval.beams",
-    "eval.length_penalty",
-    "data_source",
-    "disabled_tasks",
-)
+from sapt_jax.tell import Tale
 
 
 def run(config: Any, workdir: str | Path) -> dict[str, Any]:
@@ -63,6 +39,7 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
     Raises:
       ValueError or FileNotFoundError: naming the file or config field at fault, before anything is changed.
       PreemptedError: the run was asked to stop (`preemption`); the same call goes on.
+      FloatingPointError: a step was not finite; see `fit`.
     """
     workdir = as_path(workdir)
     check_config(config)
@@ -73,80 +50,115 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
     single_task_scores = _single_task_scores(config, names)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.make_rules(config.mesh.rules)):
-        learner, base = build(config, mesh)
-        record_config(config, workdir)
-        return _run_tasks(config, learner, base, workdir, disabled, single_task_scores)
+        with open_run(config, workdir, mesh) as (own, base):
+            record_config(config, workdir)
+            # What a withdrawn task's absence changes lies beside what was found with it, not over it.
+            results = workdir / f"without-{'-'.join(disabled)}" if disabled else workdir
+            frozen = own.empty(base, own.capacity, disabled)
+            return _teach(own, frozen, Tale(own, results, single_task_scores))
 
 
-def _run_tasks(
-    config: Any,
-    learner: Learner,
-    base: Any,
-    workdir: epath.Path,
-    disabled: tuple[str, ...],
-    single_task_scores: dict[str, float],
-) -> dict[str, Any]:
-    names = learner.stream.names
-    folders = [checkpoints.task_folder(workdir, index, name) for index, name in enumerate(names)]
-    # What a withdrawn task's absence changes lies beside what was found with it, not over it.
-    results = workdir / f"without-{'-'.join(disabled)}" if disabled else workdir
-    capacity = learner.method.capacity(max(len(names), config.pet.capacity))
-    frozen = learner.init_frozen(base, capacity, disabled)
-    cut = learner.stream.truncated()
-    console = terminal.make_console()
-    console.quiet = jax.process_index() != 0
-    console.print(
-        f"{len(names)} tasks, {sum(len(task.train) for task in learner.stream.tasks)} training rows, batch shapes "
-        f"{', '.join(f'{source}+{target}' for source, target in learner.stream.buckets)}, "
-        f"{learner.stream.padding(config.train.batch_size):.1%} padding, {sum(n for n, _ in cut.values())} prompts and "
-        f"{sum(n for _, n in cut.values())} answers cut"
+def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
+    tasks, last = run.stream.tasks, len(run.stream.tasks) - 1
+    pool = pools.of_stream(run.stream)
+    writer = make_writer(run) if run.config.pseudo_samples.source == "generate" and run.method.samples else None
+    trainable, told = None, {}
+    tale.opening()
+    for index in range(len(tasks)):
+        if checkpoints.has_committed(run.folder(index)):
+            # It was learned in an earlier call.
+            frozen, trainable = _load(run, frozen, index)
+        else:
+            # Begin and fit.
+            samples = pools.samples(run, frozen.base, pool, index)
+            begin = functools.partial(_begin, run, frozen, trainable, samples, index)
+            trainable = fit(run, frozen, begin, index, samples)
+            # Measure, end, save.
+            found = _measure(run, (frozen, trainable), index, run.method.pass_after)
+            frozen = _end(run, frozen, trainable, found, index)
+            checkpoints.save_committed(run.folder(index), frozen, trainable)
+        # Test and tell.
+        row = [test(run, (frozen, trainable), tale.results, index, tested) for tested in range(index + 1)]
+        unseen = _test_unseen(run, (frozen, trainable), tale.results) if index == last else {}
+        told = tale.after_task(index, row, unseen, frozen)
+        # Write samples for the tasks to come; the last needs none until a longer order goes on from it.
+        if writer and index < last:
+            pool[index] = write_pool(run, writer, (frozen, trainable), index)
+    tale.closing(told)
+    return told
+
+
+# --- Begin ------------------------------------------------------------------------------------------------------------
+
+
+def _begin(run: Run, frozen: Frozen, previous: Trainable | None, samples: Samples | None, index: int) -> Trainable:
+    """What a task starts from."""
+    found = None
+    if run.method.pass_before:
+        found = _measure(run, (frozen, previous), index, run.method.pass_before)
+    seen = Seen(_feature_rows(run, frozen.base, index), found, samples)
+    return run.programs.begin_task(frozen, previous, seen, run.task(index))
+
+
+def _feature_rows(run: Run, base: Tree, index: int) -> jax.Array | None:
+    """Features of the training inputs that the method asks for: a fixed number, so that tasks share one program."""
+    if not run.method.rows_before:
+        return None
+    (features,) = map_sources(
+        lambda source, mask: (run.programs.features(base, source, mask),), run.stream.tasks[index].train, run.layout
     )
-    generates = config.pseudo_samples.source == "generate" and learner.method.uses_pseudo_samples
-    generator = make_generator(config, learner) if generates else None
-    trainable = None
-    matrix = metrics.empty_matrix(len(names))
-    with RunLog(workdir, resume_from=_resume_point(folders)) as log:
-        for index, folder in enumerate(folders):
-            fresh = learner.open_task(config.seed, index, base, trainable)
-            if checkpoints.has_committed(folder):
-                saved = learner.init_frozen(base, checkpoints.saved_capacity(folder), ())
-                saved, trainable = checkpoints.load_committed(folder, saved, fresh)
-                rest = sharding.place(grow(saved.replace(base=None), capacity), learner.mesh)
-                frozen = rest.replace(base=base, enabled=frozen.enabled)
-            else:
-                trainable = fit(config, learner, frozen, fresh, index, folder, log, "train", console)
-                target = _reflection_target(learner, frozen, trainable, index)
-                frozen = learner.commit(frozen, trainable, target, index)
-                checkpoints.save_committed(folder, frozen, trainable)
-            row = [_test(config, learner, frozen, trainable, results, index, tested) for tested in range(index + 1)]
-            matrix = metrics.with_row(matrix, index, row)
-            log.log("scores", task_index=index, task=names[index], step=0, scores=row)
-            unseen = {}
-            if index == len(names) - 1:
-                unseen = {
-                    task.name: _test(config, learner, frozen, trainable, results, index, len(names) + number)
-                    for number, task in enumerate(learner.stream.unseen)
-                }
-            scores = _write_scores(config, learner, results, matrix, frozen, unseen, single_task_scores)
-            table = terminal.score_table(
-                matrix, names, scores["metric_per_task"], title=f"Scores, {config.method}", width=console.width
-            )
-            console.print(table)
-            # The last task needs none until a longer order goes on from it.
-            if generator and index + 1 < len(names):
-                arguments = (frozen, trainable, index, folder, log, console)
-                learner = with_written_pool(config, generator, learner, *arguments)
-    for category, score in scores.get("category_scores", {}).items():
-        console.print(f"mean of {category}: {terminal.format_score(score)}")
-    for name, score in unseen.items():
-        console.print(f"never trained on: {name} {terminal.format_score(score)}")
-    places = {
-        "scores": results / "scores.json",
-        "predictions": results / "predictions",
-        "curves": workdir / "tensorboard",
+    rng = state.host_rng(run.config.seed, "feature rows", index)
+    return sharding.replicate(features[rng.integers(len(features), size=run.method.rows_before)], run.mesh)
+
+
+# --- Measure ----------------------------------------------------------------------------------------------------------
+
+
+def _measure(run: Run, trees: tuple[Frozen, Trainable | None], index: int, split: str | None) -> Tree | None:
+    """What the method finds in one pass over a split of a task; without dev, over its training rows."""
+    if split is None:
+        return None
+    task = run.stream.tasks[index]
+    rows = getattr(task, split) if len(getattr(task, split)) else task.train
+    at = run.task(index)
+    totals = sum_batches(lambda batch: run.programs.measure(*trees, batch, at), rows, run.layout)
+    memory = jax.tree.map(np.asarray, trees[0].memory) if run.method.uses("summarise") else None
+    found = run.method.summarise(memory, totals)
+    return sharding.replicate(jax.tree.map(lambda x: np.asarray(x, np.float32), found), run.mesh)
+
+
+# --- End, save, load --------------------------------------------------------------------------------------------------
+
+
+def _end(run: Run, frozen: Frozen, trainable: Trainable, found: Tree | None, index: int) -> Frozen:
+    """What a task leaves. The base stays out: a program's results are new arrays."""
+    after = run.programs.end_task(frozen.replace(base=None), trainable, found, run.task(index))
+    return after.replace(base=frozen.base, enabled=frozen.enabled)
+
+
+def _load(run: Run, frozen: Frozen, index: int) -> tuple[Frozen, Trainable]:
+    """The trees after a task that was ended before, in a bank of today's capacity."""
+    folder, declared = run.folder(index), run.frozen_leaves(run.capacity)
+    stored = run.frozen_leaves(checkpoints.saved_capacity(folder, declared))
+    like = sharding.abstract((stored, run.trainable_leaves), run.mesh)
+    saved, trainable = checkpoints.load_committed(folder, *like)
+    saved = saved.replace(enabled=frozen.enabled[: stored.enabled.shape[0]])
+    grown = sharding.place(state.grow(saved, declared), declared, run.mesh)
+    return grown.replace(base=frozen.base, enabled=frozen.enabled), trainable
+
+
+# --- Test -------------------------------------------------------------------------------------------------------------
+
+
+def _test_unseen(run: Run, trees: tuple[Frozen, Trainable], results: epath.Path) -> dict[str, float]:
+    """Scores after the last task on those that were never trained on."""
+    count = len(run.stream.tasks)
+    return {
+        task.name: test(run, trees, results, count - 1, count + number) for number, task in enumerate(run.stream.unseen)
     }
-    console.print(terminal.closing_summary(scores["summary"], places, scores["protocol"]))
-    return scores
+
+
+# --- Before anything is changed ---------------------------------------------------------------------------------------
 
 
 def _disabled_tasks(config: Any, names: tuple[str, ...], workdir: epath.Path) -> tuple[str, ...]:
@@ -168,106 +180,14 @@ def _disabled_tasks(config: Any, names: tuple[str, ...], workdir: epath.Path) ->
     return disabled
 
 
-def _protocol(config: Any) -> dict[str, Any]:
-    values = flatten(config)
-    return {name: values[name] for name in PROTOCOL}
-
-
 def _single_task_scores(config: Any, names: tuple[str, ...]) -> dict[str, float]:
     workdirs = split_names(config.eval.single_task_runs)
-    scores = read_single_task_scores(workdirs, _protocol(config))
+    # How a method answers is its own; what is asked must be the same.
+    protocol = {
+        name: value for name, value in protocol_of(config).items() if not name.startswith((config.method, "needs"))
+    }
+    scores = read_single_task_scores(workdirs, protocol)
     missing = [name for name in names if name not in scores]
     if workdirs and missing:
         raise ValueError(f"config.eval.single_task_runs has no run of {', '.join(missing)}.")
-    return scores
-
-
-def _resume_point(folders: list[epath.Path]) -> tuple[int, int] | None:
-    """(task, step) that the curves go on after; None for a new run."""
-    for index, folder in enumerate(folders):
-        if not checkpoints.has_committed(folder):
-            step = checkpoints.latest_step(folder)
-            return (index, step) if index or step else None
-    return (len(folders), 0)
-
-
-def _reflection_target(learner: Learner, frozen: Frozen, trainable: Trainable, task_index: int) -> np.ndarray:
-    """The mean attention [T] of a task's dev inputs (without dev, its training inputs) just after learning it."""
-    task = learner.stream.tasks[task_index]
-    split = task.dev if len(task.dev) else task.train
-    weights = learner.attention(frozen, trainable, split, learner.method.slot_index(task_index))
-    return weights.mean(axis=0).astype(np.float32)
-
-
-def _test(
-    config: Any,
-    learner: Learner,
-    frozen: Frozen,
-    trainable: Trainable,
-    results: epath.Path,
-    task_index: int,
-    tested: int,
-) -> float:
-    """The score on task `tested` after training `task_index`, from its predictions file where there is one.
-
-    Unseen tasks are counted on after the last task.
-    """
-    tasks = learner.stream.tasks + learner.stream.unseen
-    names = [task.name for task in tasks]
-    if preemption.requested():
-        raise preemption.PreemptedError(f"before the test of {names[tested]} after task {names[task_index]}")
-    file = predictions_file(results, names, task_index, tested)
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return float(np.mean([json.loads(line)["score"] for line in lines]))
-    task = tasks[tested]
-    texts, weights = learner.predict(frozen, trainable, task.test, learner.method.slot_index(task_index))
-    scores = metrics.score_instances(
-        texts, task.task.test, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
-    )
-    write_predictions(
-        results,
-        task_order=names,
-        task_index=task_index,
-        tested_index=tested,
-        instances=task.task.test,
-        predictions=texts,
-        scores=scores,
-        attention_weights=weights,
-    )
-    return float(scores.mean())
-
-
-def _write_scores(
-    config: Any,
-    learner: Learner,
-    results: epath.Path,
-    matrix: np.ndarray,
-    frozen: Frozen,
-    unseen: dict[str, float],
-    single_task_scores: dict[str, float],
-) -> dict[str, Any]:
-    names = learner.stream.names
-    finished = metrics.finished_part(matrix)
-    alone = [single_task_scores[name] for name in names[: len(finished)]] if single_task_scores else None
-    scores = {
-        "method": config.method,
-        "task_order": names,
-        "metric_per_task": {task.name: task.task.metric for task in learner.stream.tasks},
-        "matrix": matrix,
-        "summary": metrics.summarise(finished, alone),
-        "seeds": {"seed": config.seed, "data.seed": config.data.seed},
-        "protocol": _protocol(config),
-        "reflection_targets": frozen.targets,
-        "buckets": learner.stream.buckets,
-        "truncated": learner.stream.truncated(),
-        "unseen": unseen,
-        "single_task_scores": single_task_scores,
-        "config": config,
-    }
-    categories = {name: category for category, members in SUPERNI_CATEGORIES.items() for name in members}
-    if set(names) <= set(categories):
-        last = dict(zip(names, finished[-1], strict=False))
-        scores["category_scores"] = metrics.mean_by_category(last, categories)
-    write_scores(results, **scores)
     return scores

@@ -1,29 +1,27 @@
-"""One task: from its fresh slot to the trainable tree that scored best on dev."""
+"""One task: from where it starts to the trainable tree that scored best on dev."""
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from rich.console import Console
 
 from sapt_jax.data.batching import steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask
-from sapt_jax.programs import TaskScalars
-from sapt_jax.results.curves import RunLog
-from sapt_jax.results.metrics import score_task
+from sapt_jax.evaluation import dev_score
+from sapt_jax.methods.base import Samples
+from sapt_jax.optimization import schedule_factor
+from sapt_jax.programs import TrainState
 from sapt_jax.results.terminal import TrainingProgress
-from sapt_jax.run import Learner
-from sapt_jax.sharding import own_slice, place_batch, replicate
+from sapt_jax.run import TRAIN, Run
+from sapt_jax.sharding import own_slice, place_batch
 from sapt_jax.state import Frozen, Trainable
 from sapt_jax.storage import preemption
 from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
-
-CLOSED_GATE = 0.01
 
 
 def total_steps(config: Any, num_rows: int) -> int:
@@ -33,59 +31,46 @@ def total_steps(config: Any, num_rows: int) -> int:
 
 
 def fit(
-    config: Any,
-    learner: Learner,
-    frozen: Frozen,
-    trainable: Trainable,
-    task_index: int,
-    folder: epath.Path,
-    log: RunLog,
-    kind: str,
-    console: Console,
+    run: Run, frozen: Frozen, begin: Callable[[], Trainable], task_index: int, samples: Samples | None
 ) -> Trainable:
     """Trains one task, going on from its latest checkpoint where there is one.
 
     The host runs ahead of the device: it hands over batches and reads the metrics of the interval before.
 
     Args:
-      trainable: the fresh tree of this task.
-      folder: the task's folder of checkpoints.
-      kind: what the curves are called, "train" for the task itself.
+      begin: gives what the task starts from.
+      samples: of earlier tasks, for a method that wants them.
 
     Returns:
       The tree that scored best on dev (the last of equals), or the last one where there is no dev split.
 
     Raises:
       PreemptedError: the run was asked to stop; the step it stands at is saved.
+      FloatingPointError: the loss or a gradient was not finite; the last checkpoint was finite, and is kept.
     """
-    task = learner.stream.tasks[task_index]
+    task, config = run.stream.tasks[task_index], run.config
     steps = total_steps(config, len(task.train))
     per_epoch = steps_per_epoch(len(task.train), config.train.batch_size)
-    state = learner.open_state(trainable)
-    pools = learner.pools(frozen, task_index)
-    checkpoints = TaskCheckpoints(folder)
-    if (saved := checkpoints.restore(state)) is not None:
-        state, best, loop = saved
-    else:
-        state = state.replace(trainable=learner.warm_start(config.seed, task_index, frozen, trainable, pools))
-        best, loop = jax.tree.map(jnp.copy, state.trainable), Loop(buckets=learner.stream.buckets)
-    slot_index = learner.method.slot_index(task_index)
-    scalars = replicate(TaskScalars(*np.array([task_index, slot_index, steps], np.int32)), learner.mesh)
-    place = f"task {task_index + 1}/{len(learner.stream.tasks)} {task.name}"
-    if kind != "train":
-        place += f", {kind}"
-    with TrainingProgress(console, place, steps, first_step=loop.step) as progress:
-        curves = _Curves(config, task, task_index, slot_index, log, kind, progress)
-        for batch in _batches(config, learner, task, task_index, loop, steps) if not loop.finished else ():
-            state, metrics = learner.train_step(frozen, state, batch, pools, scalars)
+    at = run.task(task_index, steps)
+    checkpoints = TaskCheckpoints(run.folder(task_index))
+    state, best, loop = _open(run, checkpoints, begin)
+    place = f"task {task_index + 1}/{len(run.stream.tasks)} {task.name}"
+    if run.kind != TRAIN:
+        place += f", {run.kind}"
+    with TrainingProgress(run.console, place, steps, first_step=loop.step) as progress:
+        curves = _Curves(run, task_index, place, progress)
+        profiler = _Profiler(run)
+        for batch in _batches(run, task_index, loop, steps) if not loop.finished else ():
+            profiler.at(loop.step + 1, state)
+            state, metrics = run.programs.train_step(frozen, state, batch, samples, at)
             step = loop.step + 1
             curves.add(step, metrics)
             loop = dataclasses.replace(loop, step=step, finished=step == steps)
             evaluate = loop.finished or step % (config.train.eval_every_epochs * per_epoch) == 0
             if evaluate and len(task.dev):
-                score = _dev_score(config, learner, frozen, state.trainable, task, slot_index)
+                score = dev_score(run, (frozen, state.trainable), task, at)
                 loop = _after_evaluation(loop, score, config.train.patience)
-                log.log("dev", task_index=task_index, task=task.name, step=step, score=score, best=loop.best_score)
+                run.log.log("dev", task_index=task_index, task=task.name, step=step, score=score, best=loop.best_score)
             if loop.best_step == step:
                 best = jax.tree.map(jnp.copy, state.trainable)
             elif not len(task.dev):
@@ -93,7 +78,7 @@ def fit(
             stops = preemption.requested()
             every = config.train.checkpoint_every_steps
             if evaluate or stops or (every and step % every == 0):
-                # A run that goes on from here finds its curves up to here.
+                # A run that goes on from here finds its curves up to here, and nothing that is not finite is saved.
                 curves.flush()
                 checkpoints.save(state, best, loop)
             if loop.finished:
@@ -101,9 +86,18 @@ def fit(
             if stops:
                 checkpoints.close()
                 raise preemption.PreemptedError(f"after step {step} of {place}")
+        profiler.close(state)
         curves.close()
     checkpoints.close()
     return best
+
+
+def _open(run: Run, checkpoints: TaskCheckpoints, begin: Callable[[], Trainable]) -> tuple[TrainState, Trainable, Loop]:
+    """State, best tree so far and place in the loop: of the latest checkpoint, else of the task's beginning."""
+    if (saved := checkpoints.restore(run.programs.state)) is not None:
+        return saved
+    state = run.programs.open_state(begin())
+    return state, jax.tree.map(jnp.copy, state.trainable), Loop(buckets=run.stream.buckets)
 
 
 def _after_evaluation(loop: Loop, score: float, patience: int) -> Loop:
@@ -115,58 +109,65 @@ def _after_evaluation(loop: Loop, score: float, patience: int) -> Loop:
     return dataclasses.replace(loop, best_step=best_step, best_score=best_score, stale=stale, finished=finished)
 
 
-def _batches(
-    config: Any, learner: Learner, task: EncodedTask, task_index: int, loop: Loop, steps: int
-) -> Iterator[dict[str, jax.Array]]:
+def _batches(run: Run, task_index: int, loop: Loop, steps: int) -> Iterator[dict[str, jax.Array]]:
+    config = run.config
     batches = train_batches(
-        task.train,
+        run.stream.tasks[task_index].train,
         loop.buckets,
         batch_size=config.train.batch_size,
         seed=config.seed,
         task_index=task_index,
         start_step=loop.step,
         num_steps=steps,
-        padding_side=learner.model.padding_side,
-        pad_id=learner.tokenizer.pad_id,
-        **own_slice(learner.mesh),
+        padding_side=run.model.padding_side,
+        pad_id=run.tokenizer.pad_id,
+        **own_slice(run.mesh),
         prefetch_threads=config.data.prefetch_threads,
         prefetch_batches=config.data.prefetch_batches,
     )
-    return (place_batch(batch, learner.mesh) for batch in batches)
+    return (place_batch(batch, run.mesh) for batch in batches)
 
 
-def _dev_score(config, learner: Learner, frozen, trainable, task: EncodedTask, slot_index: int) -> float:
-    texts, _ = learner.predict(frozen, trainable, task.dev, slot_index)
-    return score_task(
-        texts, task.task.dev, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
-    )
+class _Profiler:
+    """Records the steps of config.train.profile_steps, of every task that this call trains, in TensorBoard's format."""
+
+    def __init__(self, run: Run):
+        self._window = run.config.train.profile_steps if run.kind == TRAIN else ()
+        self._folder = str(run.workdir / "tensorboard")
+        self._running = False
+
+    def at(self, step: int, state: TrainState) -> None:
+        """Tells that a step is about to be handed to the device."""
+        if self._window and step == self._window[0]:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif self._window and step == self._window[1] + 1:
+            self.close(state)
+
+    def close(self, state: TrainState) -> None:
+        """Ends a recording that has begun, once its steps are done."""
+        if self._running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class _Curves:
     """Logs the mean metrics of every interval, one interval late, so that reading them does not hold up the device."""
 
-    def __init__(
-        self,
-        config: Any,
-        task: EncodedTask,
-        task_index: int,
-        slot_index: int,
-        log: RunLog,
-        kind: str,
-        progress: TrainingProgress,
-    ):
-        self._every = config.train.log_every_steps
-        self._task, self._task_index, self._slot = task, task_index, slot_index
-        self._log, self._kind, self._progress = log, kind, progress
+    def __init__(self, run: Run, task_index: int, place: str, progress: TrainingProgress):
+        self._run, self._task_index, self._place, self._progress = run, task_index, place, progress
+        self._task: EncodedTask = run.stream.tasks[task_index]
         self._filling: list[tuple[int, Any]] = []
         self._full: list[tuple[int, Any]] = []
         # Where no step was taken there is nothing to warn of.
-        self._gate_open = True
+        self._warning: str | None = None
 
     def add(self, step: int, metrics: Any) -> None:
         """Takes the metrics of a step, arrays on the device, and writes the interval before the one it completes."""
         self._filling.append((step, metrics))
-        if step % self._every == 0:
+        if step % self._run.config.train.log_every_steps == 0:
             self._write(self._full)
             self._full, self._filling = self._filling, []
 
@@ -175,25 +176,33 @@ class _Curves:
         self._write(self._full)
         self._write(self._filling)
         self._full, self._filling = [], []
-        self._log.flush()
+        self._run.log.flush()
 
     def close(self) -> None:
-        """Warns where the new slot was never used."""
-        if not self._gate_open:
-            logging.getLogger(__name__).warning(
-                "%s: the mean attention on the new slot stayed under %.0f%%, so older blocks learned the task. Raise "
-                "config.attention.warm_start_steps, or lower config.kl_ratio.",
-                self._task.name,
-                100 * CLOSED_GATE,
-            )
+        """Warns of what the method found in the last interval."""
+        if self._warning:
+            logging.getLogger(__name__).warning("%s: %s", self._task.name, self._warning)
 
     def _write(self, interval: list[tuple[int, Any]]) -> None:
         if not interval:
             return
-        step = interval[-1][0]
         fetched = jax.device_get([metrics for _, metrics in interval])
+        for (step, _), metrics in zip(interval, fetched, strict=True):
+            self._check_finite(step, metrics)
+        step = interval[-1][0]
         tokens = sum(int(metrics["tokens"]) for metrics in fetched)
         mean = {name: np.mean([metrics[name] for metrics in fetched], axis=0) for name in fetched[0]}
-        self._log.log(self._kind, task_index=self._task_index, task=self._task.name, step=step, **mean)
+        self._run.log.log(self._run.kind, task_index=self._task_index, task=self._task.name, step=step, **mean)
         self._progress.update(step, tokens=tokens, loss=mean["loss"])
-        self._gate_open = mean["attention"][self._slot] >= CLOSED_GATE
+        self._warning = self._run.method.warning(mean, self._run.method.slot_index(self._task_index))
+
+    def _check_finite(self, step: int, metrics: Any) -> None:
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            return
+        options, steps = self._run.config.optimizer, total_steps(self._run.config, len(self._task.train))
+        rate = options.learning_rate * float(schedule_factor(options.schedule, step - 1, options.warmup_steps, steps))
+        raise FloatingPointError(
+            f"step {step} of {self._place}: the loss is {metrics['loss']:g} and the gradient's norm "
+            f"{metrics['grad_norm']:g} at learning rate {rate:g}. The step was not taken, and the last checkpoint "
+            "before it is kept. Lower config.optimizer.learning_rate, or config.optimizer.max_grad_norm."
+        )

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         if jax.process_index() == 0:
             print(f"stopped {place}, and saved. The same command goes on from there.", file=sys.stderr)
         sys.exit(preemption.EXIT_CODE)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         # What a user can mend is told without the program's own stack; --verbosity=1 shows it.
         if flags.FLAGS.verbosity > 0:
             raise

@@ -1,54 +1,110 @@
-"""AdamW with rates of its own for the block, the key and the query projection, and the learning-rate schedule."""
+"""Any optimizer of optax by its name, rates by regular expressions over leaf paths, and the learning-rate schedule."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sapt_jax.state import Trainable
-
 SCHEDULES = ("constant", "linear", "cosine")
+
+# (regular expression over leaf paths, factor on the learning rate); None instead of a factor trains nothing.
+Rates = Sequence[tuple[str, float | None]]
+
+
+def leaf_path(path: tuple) -> str:
+    """The path of a leaf of a tree as rates name it: slot/decoder/layers/mlp/wo/a, selector/key."""
+    return "/".join(str(getattr(key, "name", getattr(key, "key", key))) for key in path)
 
 
 def make_optimizer(
-    learning_rate: float,
-    query_projection_learning_rate: float | None,
-    key_learning_rate: float | None,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    weight_decay: float,
-    max_grad_norm: float,
+    name: str, options: Mapping[str, Any], learning_rate: float, rates: Rates, max_grad_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW at peak learning rates, under clipping by the global norm.
+    """An optimizer of optax at peak learning rates, under clipping by the global norm.
 
     The schedule is not part of it: tasks differ in their number of steps and share one compiled step, which scales the
     updates by `schedule_factor`.
 
     Args:
-      learning_rate: of the block, and of the key and the query projection where theirs is None.
+      name: a function of optax that takes a learning rate, such as "adamw" or "adafactor".
+      options: its other arguments, by their names there.
+      rates: the first whose expression matches a leaf's whole path says its factor; every leaf needs one.
+
+    Raises:
+      ValueError: an unknown optimizer or option, or an expression or factor that cannot be. `init` raises it where a
+        leaf is covered by no rule.
     """
-
-    def adamw(peak: float | None) -> optax.GradientTransformation:
-        rate = learning_rate if peak is None else peak
-        return optax.adamw(rate, beta1, beta2, epsilon, weight_decay=weight_decay)
-
+    make = _find(name, options)
+    factors = {_label(number): factor for number, (_, factor) in enumerate(rates)}
     groups = {
-        "slot": adamw(learning_rate),
-        "query_projection": adamw(query_projection_learning_rate),
-        "key": adamw(key_learning_rate),
+        label: optax.set_to_zero() if factor is None else make(learning_rate * factor)
+        for label, factor in factors.items()
     }
+    # What is not trained is no part of the norm either.
+    kept = {label: optax.set_to_zero() if factor is None else optax.identity() for label, factor in factors.items()}
 
-    def group_of(tree: Trainable) -> Trainable:
-        return Trainable(
-            slot=jax.tree.map(lambda _: "slot", tree.slot),
-            key="key",
-            query_projection=jax.tree.map(lambda _: "query_projection", tree.query_projection),
+    def label_of(tree: Any) -> Any:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        labels = {leaf_path(path): _first_match(rates, leaf_path(path)) for path, _ in leaves}
+        if uncovered := [path for path, label in labels.items() if label is None]:
+            raise ValueError(
+                f"config.optimizer.rates has no rule for {', '.join(uncovered)}: add a pair whose regular expression "
+                "matches, such as ('.*', 1.0) at the end."
+            )
+        return jax.tree.unflatten(treedef, list(labels.values()))
+
+    trained = [optax.multi_transform(kept, label_of)] if None in factors.values() else []
+    clipped = optax.clip_by_global_norm(max_grad_norm)
+    return optax.chain(*trained, clipped, optax.multi_transform(groups, label_of))
+
+
+def check_rates(rates: Rates) -> None:
+    """Checks the form of rates.
+
+    Raises:
+      ValueError: names every entry that is no pair of a regular expression and a factor that is not negative, or None.
+    """
+    problems = []
+    for rate in rates:
+        try:
+            pattern, factor = rate
+            re.compile(pattern)
+            if factor is not None and not factor >= 0:
+                raise ValueError
+        except (TypeError, ValueError, re.error):
+            problems.append(repr(rate))
+    if problems or not rates:
+        raise ValueError(
+            f"config.optimizer.rates: {', '.join(problems) or 'nothing'} cannot be. An entry is a pair of a regular "
+            "expression over leaf paths and a factor on the learning rate, or None for leaves that are not trained."
         )
 
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.multi_transform(groups, group_of))
+
+def _find(name: str, options: Mapping[str, Any]) -> Any:
+    function = getattr(optax, name, None)
+    known = inspect.signature(function).parameters if callable(function) else {}
+    if "learning_rate" not in known:
+        raise ValueError(f"config.optimizer.name={name!r} is no optimizer of optax: choose one, such as adamw or sgd.")
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"config.optimizer.options: optax.{name} takes no {', '.join(unknown)}; it takes "
+            f"{', '.join(option for option in known if option != 'learning_rate')}."
+        )
+    return lambda rate: function(learning_rate=rate, **options)
 
 
-def schedule_factor(schedule: str, step: jax.Array, warmup_steps: int, total_steps: jax.Array) -> jax.Array:
+def _label(number: int) -> str:
+    return f"rule {number}"
+
+
+def _first_match(rates: Rates, path: str) -> str | None:
+    return next((_label(n) for n, (pattern, _) in enumerate(rates) if re.fullmatch(pattern, path)), None)
+
+
+def schedule_factor(schedule: str, step: Any, warmup_steps: int, total_steps: Any) -> jax.Array:
     """The share [] of the peak learning rate at `step`: after warm-up "constant", or "linear" or "cosine" to zero.
 
     `step` (0-based) and `total_steps` may be traced.

@@ -1,7 +1,8 @@
-"""Runs jitted functions over the inputs of a split: predictions, attention weights, pooled embeddings."""
+"""One pass over a split: what a jitted function says of every row, or the sums of what it says of every batch."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,16 +37,7 @@ def map_sources(
       One array for each output of `function`, its rows in the split's order.
     """
     rows, outputs = [], []
-    batches = eval_batches(
-        split,
-        layout.buckets,
-        batch_size=layout.batch_size,
-        target_length=max(target for _, target in layout.buckets),
-        padding_side=layout.padding_side,
-        pad_id=layout.pad_id,
-        **own_slice(layout.mesh),
-    )
-    for own, batch in batches:
+    for own, batch in _batches(split, layout):
         # Row numbers travel with the rows: a mesh may order its devices otherwise than the processes.
         named = {"source": batch["source"], "source_mask": batch["source_mask"], "rows": own.astype(np.int32)}
         placed = place_batch(named, layout.mesh)
@@ -57,6 +49,28 @@ def map_sources(
     return [np.concatenate([_gather(part) for part in parts])[real][place] for parts in zip(*outputs, strict=True)]
 
 
+def sum_batches(function: Callable[[dict[str, jax.Array]], Any], split: EncodedSplit, layout: Layout) -> Any:
+    """The sum over a split's batches of the tree that `function(batch)` gives, in float64 on the host.
+
+    A batch has `source` [B, S], `target` [B, L] and their masks, which are False on the rows that fill it up. What
+    `function` gives is whole on every device.
+    """
+    sums = [function(place_batch(batch, layout.mesh)) for _, batch in _batches(split, layout)]
+    return jax.tree.map(lambda *parts: np.sum([np.asarray(part, np.float64) for part in parts], axis=0), *sums)
+
+
+def _batches(split: EncodedSplit, layout: Layout) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    return eval_batches(
+        split,
+        layout.buckets,
+        batch_size=layout.batch_size,
+        target_length=max(target for _, target in layout.buckets),
+        padding_side=layout.padding_side,
+        pad_id=layout.pad_id,
+        **own_slice(layout.mesh),
+    )
+
+
 def _gather(rows: jax.Array | np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return np.asarray(rows)
@@ -66,7 +80,7 @@ def _gather(rows: jax.Array | np.ndarray) -> np.ndarray:
 def decode_texts(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
     """Texts of decoded ids [n, N], each up to its end token, stripped."""
 
-    def text(row):
+    def text(row: np.ndarray) -> str:
         ends = np.flatnonzero(row == tokenizer.eos_id)
         return tokenizer.decode(row[: ends[0]] if ends.size else row).strip()
 

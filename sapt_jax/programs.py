@@ -1,5 +1,9 @@
-"""The train step: task loss over micro-batches, reflection loss once, one update of the trainable tree."""
+"""The jitted functions of a run. Of its inputs they depend on config, model, method and mesh alone.
 
+What one of them returns is placed as the next one takes it, so that each compiles once for all tasks.
+"""
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
-from sapt_jax import losses
-from sapt_jax.methods import shared_attention
-from sapt_jax.methods.base import Method, Pools
-from sapt_jax.state import Frozen, Trainable
-
-Batch = dict[str, jax.Array]
+from sapt_jax import sharding
+from sapt_jax.decoding.answers import Ends, Search, make_generate
+from sapt_jax.methods.base import Apply, Batch, Logs, Method, Samples, Seen, real_rows
+from sapt_jax.models.families import parameters
+from sapt_jax.optimization import make_optimizer, schedule_factor
+from sapt_jax.state import Frozen, Task, Trainable, Tree, abstract, rng
 
 
 @struct.dataclass
@@ -22,128 +27,169 @@ class TrainState:
     """What a step changes: the trainable tree, the optimizer's state, and the number of steps done in this task."""
 
     trainable: Trainable
-    opt_state: Any
+    opt_state: Tree
     step: jax.Array
 
 
-def init_state(optimizer: optax.GradientTransformation, trainable: Trainable) -> TrainState:
-    """The state before a task's first step."""
-    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
-
-
-@struct.dataclass
-class TaskScalars:
-    """What a step needs to know of its task, each [] int32.
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted functions, with a method's hooks in them. Where a frozen tree comes without `base`, base is None.
 
     Attributes:
-      index: place in the sequence, from 0.
-      slot_index: the slot it trains.
-      total_steps: its number of steps.
+      state: the state of a task in training, as `jax.ShapeDtypeStruct`s with their shardings.
+      begin_task: (frozen, previous trainable or None, seen, task) -> trainable.
+      open_state: trainable -> the state before a task's first step.
+      train_step: (frozen, state, batch, samples or None, task) -> (state, metrics); `state` is donated. `batch` holds
+        `source` [B, S], `source_mask`, `target` [B, L], `target_mask`; B a multiple of the micro-batches.
+      features: (base, source, source_mask) -> [B, F].
+      weights: (frozen, trainable, source, source_mask, task) -> [B, T] at test time.
+      generate: the same -> (tokens [B, N], weights [B, T]).
+      measure: (frozen, trainable, batch, task) -> sums.
+      end_task: (frozen without base, trainable, found or None, task) -> frozen without base.
     """
 
-    index: jax.Array
-    slot_index: jax.Array
-    total_steps: jax.Array
+    state: TrainState
+    begin_task: Callable
+    open_state: Callable
+    train_step: Callable
+    features: Callable
+    weights: Callable
+    generate: Callable
+    measure: Callable
+    end_task: Callable
 
 
-def pooled_source(model: nn.Module, method: Any, base: Any, source: jax.Array, source_mask: jax.Array) -> jax.Array:
-    """Pooled embeddings [B, D] of the source tokens, what the query sees of an input."""
-    embeddings = model.apply({"params": base}, source, method="embed")
-    return shared_attention.pool(embeddings, source_mask, method.pool_padding)
+def make_programs(config: Any, model: nn.Module, method: Method, mesh: Mesh, ends: Ends) -> Programs:
+    """The programs of a run; nothing is compiled before it is called."""
+    apply, optimizer = make_apply(model), optimizer_of(config)
+    declared = method.trainable_leaves(parameters(model))
+    # Placement depends on logical axes, not on how many slots there are.
+    of_frozen = sharding.shardings(method.frozen_leaves(parameters(model), 1), mesh)
+    of_trainable = sharding.shardings(declared, mesh)
+
+    def open_state(trainable: Trainable) -> TrainState:
+        return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+    state = jax.eval_shape(open_state, abstract(declared))
+    of_state = sharding.shardings_like(state, declared, mesh)
+
+    def begin_task(frozen: Frozen, previous: Trainable | None, seen: Seen, task: Task) -> Trainable:
+        key = rng(config.seed, "begin", task.index)
+        return method.begin_task(key, declared, frozen, previous, seen, task)
+
+    def features(base: Tree, source: jax.Array, source_mask: jax.Array) -> jax.Array:
+        return method.features(apply, base, source, source_mask)
+
+    def weights(
+        frozen: Frozen, trainable: Trainable, source: jax.Array, source_mask: jax.Array, task: Task
+    ) -> jax.Array:
+        seen = method.features(apply, frozen.base, source, source_mask)
+        return method.weights(frozen, trainable, seen, task, training=False)
+
+    def measure(frozen: Frozen, trainable: Trainable, batch: Batch, task: Task) -> Tree:
+        return method.measure(apply, frozen, trainable, batch, task)
+
+    whole = sharding.replicated(mesh)
+    step = make_train_step(config, apply, method, optimizer)
+    return Programs(
+        state=sharding.with_shardings(state, of_state),
+        begin_task=jax.jit(begin_task, out_shardings=of_trainable),
+        open_state=jax.jit(open_state, out_shardings=of_state),
+        train_step=jax.jit(step, donate_argnums=1, out_shardings=(of_state, whole)),
+        features=jax.jit(features),
+        weights=jax.jit(weights),
+        generate=make_generate(apply, method, ends, Search(config.eval.beams, config.eval.length_penalty)),
+        measure=jax.jit(measure, out_shardings=whole),
+        end_task=jax.jit(method.end_task, out_shardings=of_frozen),
+    )
 
 
-def attention_weights(
-    model: nn.Module,
-    method: Method,
-    frozen: Frozen,
-    trainable: Trainable,
-    source: jax.Array,
-    source_mask: jax.Array,
-    slot_index: jax.Array,
-) -> jax.Array:
-    """Attention [B, T] of a batch of inputs."""
-    pooled = pooled_source(model, method, frozen.base, source, source_mask)
-    return jnp.exp(method.log_weights(frozen, trainable, pooled, slot_index))
+def make_apply(model: nn.Module) -> Apply:
+    """`model.apply` on a base tree, as hooks are given it."""
+
+    def apply(base: Tree, *arguments: Any, method: str | None = None) -> Any:
+        return model.apply({"params": base}, *arguments, method=method)
+
+    return apply
 
 
-def make_train_step(
-    model: nn.Module,
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array, jax.Array], jax.Array],
-    accumulation: int,
-    seed: int,
-    out_shardings: Any,
-) -> Callable:
-    """Builds `step(frozen, state, batch, pools, task) -> (state, metrics)`, jitted, `state` donated.
+def optimizer_of(config: Any) -> optax.GradientTransformation:
+    """The optimizer of a config.
 
-    The task loss is the mean over all answer tokens of the effective batch, however it is split: `accumulation`
-    micro-batches are scanned inside the step. The auxiliary loss is taken once per step.
-
-    Args of the step:
-      batch: `source` [B, S], `source_mask`, `target` [B, L], `target_mask`; B a multiple of `accumulation`.
-      pools: pseudo-samples of earlier tasks.
-      task: traced, so that all tasks share one program for each batch shape.
-
-    `schedule(step, total_steps)` is the share of the peak learning rates at a step. `out_shardings` are those of
-    (state, metrics) on a mesh, or a tree that starts theirs: what goes into the next step has to be placed as what
-    came into this one.
-
-    Metrics are arrays on the device: loss, task_loss, reflection_loss, grad_norm, tokens, attention [T].
+    Raises:
+      ValueError: from `make_optimizer`.
     """
-    base_rng = jax.random.key(seed)
+    options = config.optimizer
+    return make_optimizer(
+        options.name, dict(options.options), options.learning_rate, options.rates, options.max_grad_norm
+    )
 
-    def task_loss(trainable: Trainable, frozen: Frozen, batch: Batch, slot_index: jax.Array, tokens: jax.Array):
-        pooled = pooled_source(model, method, frozen.base, batch["source"], batch["source_mask"])
-        weights = method.learning_weights(frozen, trainable, pooled, slot_index)
-        mixture = method.mixture(frozen, trainable, weights, slot_index)
-        logits = model.apply(
-            {"params": frozen.base},
-            batch["source"],
-            batch["source_mask"],
-            batch["target"],
-            batch["target_mask"],
-            mixture,
-        )
-        nll, _ = losses.token_cross_entropy(logits, batch["target"], batch["target_mask"])
-        real = batch["source_mask"].any(axis=1)
-        return nll / tokens, jnp.sum(weights * real[:, None], axis=0)
 
-    def step(frozen: Frozen, state: TrainState, batch: Batch, pools: Pools, task: TaskScalars):
+def make_train_step(config: Any, apply: Apply, method: Method, optimizer: optax.GradientTransformation) -> Callable:
+    """Builds `step(frozen, state, batch, samples, task) -> (state, metrics)`.
+
+    The task loss is the mean over all answer tokens of the effective batch, however it is split: the micro-batches are
+    scanned inside the step. The method's penalty is taken once per step. A step whose loss or gradient is not finite
+    changes nothing but the count of steps.
+
+    Metrics are arrays on the device: loss, task_loss, grad_norm, tokens, and what the method logs.
+    """
+    accumulation, options = config.train.accumulation, config.optimizer
+
+    def loss_of(
+        trainable: Trainable, key: jax.Array, frozen: Frozen, rows: Batch, task: Task
+    ) -> tuple[jax.Array, Logs]:
+        return method.task_loss(apply, key, frozen, trainable, rows, task)
+
+    def step(
+        frozen: Frozen, state: TrainState, batch: Batch, samples: Samples | None, task: Task
+    ) -> tuple[TrainState, Logs]:
+        loss_key, penalty_key = jax.random.split(rng(config.seed, "step", task.index, state.step))
         tokens = jnp.maximum(batch["target_mask"].sum(), 1)
+
+        def gradient(key: jax.Array, rows: Batch) -> tuple[jax.Array, Logs, Trainable]:
+            # Divided before it is differentiated, so that gradients of micro-batches are of the size of the whole.
+            def mean(trainable: Trainable) -> tuple[jax.Array, Logs]:
+                total, logs = loss_of(trainable, key, frozen, rows, task)
+                return total / tokens, logs
+
+            (loss, logs), grads = jax.value_and_grad(mean, has_aux=True)(state.trainable)
+            return loss, logs, grads
+
         # Every device keeps its rows: a micro-batch takes some of each device's.
         micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
-
-        def accumulate(total, rows):
-            value_and_grad = jax.value_and_grad(task_loss, has_aux=True)
-            (loss, attention), grads = value_and_grad(state.trainable, frozen, rows, task.slot_index, tokens)
-            return jax.tree.map(jnp.add, total, (loss, attention, grads)), None
-
-        capacity = frozen.keys.shape[0]
-        zero = (jnp.zeros(()), jnp.zeros((capacity,)), jax.tree.map(jnp.zeros_like, state.trainable))
         if accumulation == 1:
-            (loss, attention, grads), _ = accumulate(zero, jax.tree.map(lambda x: x[0], micro))
+            loss, logs, grads = gradient(loss_key, jax.tree.map(lambda x: x[0], micro))
         else:
-            (loss, attention, grads), _ = jax.lax.scan(accumulate, zero, micro)
+            keys = jax.random.split(loss_key, accumulation)
+            like = jax.eval_shape(gradient, keys[0], jax.tree.map(lambda x: x[0], micro))
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            (loss, logs, grads), _ = jax.lax.scan(
+                lambda total, own: (jax.tree.map(jnp.add, total, gradient(*own)), None), zero, (keys, micro)
+            )
+        logs = jax.tree.map(lambda total: total / jnp.maximum(real_rows(batch).sum(), 1), logs)
+        metrics = {"loss": loss, "task_loss": loss, **logs}
 
-        def auxiliary(trainable):
-            rng = jax.random.fold_in(jax.random.fold_in(base_rng, task.index), state.step)
-            return method.auxiliary_loss(rng, frozen, trainable, pools, task.slot_index)
+        if method.uses("penalty"):
 
-        (extra, logged), extra_grads = jax.value_and_grad(auxiliary, has_aux=True)(state.trainable)
-        grads = jax.tree.map(jnp.add, grads, extra_grads)
+            def penalty(trainable: Trainable) -> tuple[jax.Array, Logs]:
+                return method.penalty(penalty_key, frozen, trainable, samples, task)
+
+            (extra, logs), extra_grads = jax.value_and_grad(penalty, has_aux=True)(state.trainable)
+            grads = jax.tree.map(jnp.add, grads, extra_grads)
+            metrics |= {"loss": loss + extra, **logs}
+
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        factor = schedule(state.step, task.total_steps)
-        updates = jax.tree.map(lambda update: factor * update, updates)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {
-            "loss": loss + extra,
-            "task_loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "tokens": (batch["source_mask"].sum() + batch["target_mask"].sum()),
-            "attention": attention / jnp.maximum(batch["source_mask"].any(axis=1).sum(), 1),
-            **logged,
-        }
-        return TrainState(trainable, opt_state, state.step + 1), metrics
+        factor = schedule_factor(options.schedule, state.step, options.warmup_steps, task.steps)
+        trainable = optax.apply_updates(state.trainable, jax.tree.map(lambda update: factor * update, updates))
+        if method.uses("project"):
+            trainable = method.project(frozen, state.trainable, trainable, task)
+        norm = optax.tree.norm(grads)
+        metrics |= {"grad_norm": norm, "tokens": batch["source_mask"].sum() + batch["target_mask"].sum()}
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+        )
+        return TrainState(*kept, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=1, out_shardings=out_shardings)
+    return step

@@ -1,164 +1,109 @@
-"""Builds what a run works with from its config: model, data, method and the jitted functions."""
+"""What a run works with: read and built once from its config, and never changed."""
 
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
+from etils import epath
 from jax.sharding import Mesh
+from rich.console import Console
 
-from sapt_jax import pet, sharding
-from sapt_jax.data.encoding import EncodedSplit
+from sapt_jax import sharding, state
+from sapt_jax.config import make_method
 from sapt_jax.data.stream import Stream, load_stream
-from sapt_jax.decoding.search import make_generate
-from sapt_jax.methods import METHODS
-from sapt_jax.methods.base import Method, Pools
-from sapt_jax.models.families import load_params, make_model, read_shape
-from sapt_jax.optimization import make_optimizer, schedule_factor
-from sapt_jax.passes import Layout, decode_texts, map_sources
+from sapt_jax.decoding.answers import Ends
+from sapt_jax.methods import Method
+from sapt_jax.models.families import load_params, make_model, parameters, read_shape
+from sapt_jax.passes import Layout
 from sapt_jax.pretrained.locate import resolve_path
 from sapt_jax.pretrained.tokenizer import Tokenizer, load_tokenizer
-from sapt_jax.programs import attention_weights, init_state, make_train_step, pooled_source
-from sapt_jax.state import Frozen, Trainable, commit, init_frozen
+from sapt_jax.programs import Programs, make_programs
+from sapt_jax.results.curves import RunLog
+from sapt_jax.results.terminal import make_console
+from sapt_jax.state import Frozen, Task, Trainable, Tree
+from sapt_jax.storage import checkpoints
 
-WARM_START_ROWS = 256
+# What the curves of a run's own tasks are called.
+TRAIN = "train"
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
-    """The parts of a run that no task changes."""
+class Run:
+    """The parts of a run that no task changes.
 
+    Attributes:
+      config: its settings.
+      workdir: where everything that it leaves lies.
+      mesh: the devices.
+      model: without weights.
+      tokenizer, stream: the tasks, and what they were tokenised with.
+      method: the continual-learning method.
+      programs: its jitted functions.
+      log, console: where it tells what happens.
+      kind: what its curves are called; a run inside another one has its own.
+    """
+
+    config: Any
+    workdir: epath.Path
+    mesh: Mesh
     model: nn.Module
-    method: Method
     tokenizer: Tokenizer
     stream: Stream
-    mesh: Mesh
-    layout: Layout
-    optimizer: optax.GradientTransformation
-    train_step: Callable
-    warm_start_step: Callable
-    open_slot: Callable
-    open_state: Callable
-    commit_slot: Callable
-    generate: Callable
-    weights: Callable
-    pooled: Callable
+    method: Method
+    programs: Programs
+    log: RunLog
+    console: Console
+    kind: str = TRAIN
 
-    def open_task(self, seed: int, task_index: int, base: Any, previous: Trainable | None) -> Trainable:
-        """What task `task_index` starts from."""
-        rng = jax.random.fold_in(jax.random.key(seed), task_index)
-        return self.open_slot(rng, base["token_embedder"]["embedding"], previous)
+    @property
+    def layout(self) -> Layout:
+        """How the inputs of a split become batches."""
+        rows, side, pad = self.config.eval.batch_size, self.model.padding_side, self.tokenizer.pad_id
+        return Layout(self.mesh, self.stream.buckets, rows, side, pad)
 
-    def warm_start(self, seed: int, task_index: int, frozen: Frozen, trainable: Trainable, pools: Pools) -> Trainable:
-        """The trainable tree after the method's warm start on the task's training inputs."""
-        if not self.method.warm_start_steps:
-            return trainable
-        (pooled,) = self._pool(frozen.base, self.stream.tasks[task_index].train)
-        # A fixed number of rows: tasks differ in size and share one program.
-        rows = np.random.default_rng([seed, task_index]).integers(len(pooled), size=WARM_START_ROWS)
-        rng = jax.random.fold_in(jax.random.key(seed), task_index)
-        slot = np.int32(self.method.slot_index(task_index))
-        inputs = sharding.replicate(pooled[rows], self.mesh)
-        return self.warm_start_step(rng, frozen.replace(base=None), trainable, inputs, pools, slot)
+    @property
+    def capacity(self) -> int:
+        """Slots of the bank."""
+        return self.method.capacity(max(len(self.stream.tasks), self.config.pet.capacity))
 
-    def _pool(self, base: Any, split: EncodedSplit) -> list[np.ndarray]:
-        return map_sources(lambda source, mask: (self.pooled(base, source, mask),), split, self.layout)
+    def folder(self, task_index: int) -> epath.Path:
+        """Where the checkpoints of a task lie."""
+        folder = checkpoints.task_folder(self.workdir, task_index, self.stream.names[task_index])
+        return folder if self.kind == TRAIN else folder / self.kind
 
-    def init_frozen(self, base: Any, capacity: int, disabled: tuple[str, ...]) -> Frozen:
-        """An empty bank of `capacity` slots around the pretrained model, less the slots of withdrawn tasks."""
+    def task(self, task_index: int, steps: int = 0, tested: int | None = None) -> Task:
+        """What a program is told of a task, on every device.
+
+        Args:
+          steps: its number of updates, for programs that train.
+          tested: the task that inputs are of, for methods that are told; by default the task itself.
+        """
+        slot_index = self.method.slot_index
+        rows = slot_index(task_index if tested is None else tested) if self.method.needs_task_id else None
+        numbers = (task_index, slot_index(task_index), steps, rows)
+        return sharding.replicate(Task(*(None if n is None else np.int32(n) for n in numbers)), self.mesh)
+
+    @property
+    def trainable_leaves(self) -> Trainable:
+        """The leaves of the trainable tree."""
+        return self.method.trainable_leaves(parameters(self.model))
+
+    def frozen_leaves(self, capacity: int) -> Frozen:
+        """The leaves of the frozen tree with a bank of `capacity` slots."""
+        return self.method.frozen_leaves(parameters(self.model), capacity)
+
+    def empty(self, base: Tree, capacity: int, disabled: tuple[str, ...] = ()) -> Frozen:
+        """An empty bank around the pretrained model, less the slots of withdrawn tasks."""
         enabled = np.ones((capacity,), bool)
         for name in disabled:
             enabled[self.method.slot_index(self.stream.names.index(name))] = False
-        frozen = sharding.create(_empty_bank(self.model, self.method, capacity), self.mesh)
+        leaves = self.frozen_leaves(capacity)
+        frozen = sharding.create(lambda: state.start(jax.random.key(0), leaves, None), leaves, self.mesh)
         return frozen.replace(base=base, enabled=sharding.replicate(enabled, self.mesh))
-
-    def commit(self, frozen: Frozen, trainable: Trainable, target: np.ndarray, task_index: int) -> Frozen:
-        """The frozen tree after task `task_index`, whose dev inputs attend as `target` [T] says."""
-        slot = np.int32(self.method.slot_index(task_index))
-        # The base stays out: a program's results are new arrays.
-        return self.commit_slot(frozen.replace(base=None), trainable, target, slot).replace(base=frozen.base)
-
-    def predict(
-        self, frozen: Frozen, trainable: Trainable, split: EncodedSplit, slot_index: int
-    ) -> tuple[tuple[str, ...], np.ndarray]:
-        """Decoded texts of a split, and the attention weights [n, T] that each was decoded with."""
-        slot = np.int32(slot_index)
-        tokens, weights = map_sources(
-            lambda source, mask: self.generate(frozen, trainable, source, mask, slot), split, self.layout
-        )
-        return decode_texts(tokens, self.tokenizer), weights
-
-    def attention(self, frozen: Frozen, trainable: Trainable, split: EncodedSplit, slot_index: int) -> np.ndarray:
-        """Attention weights [n, T] of a split's inputs."""
-        slot = np.int32(slot_index)
-        return map_sources(
-            lambda source, mask: (self.weights(frozen, trainable, source, mask, slot),), split, self.layout
-        )[0]
-
-    def pools(self, frozen: Frozen, num_tasks: int) -> Pools:
-        """The pooled pseudo-samples of the first `num_tasks` tasks, each in the row of its slot."""
-        capacity, d_model = frozen.keys.shape
-        sizes = [len(task.pseudo) for task in self.stream.tasks if task.pseudo]
-        pooled = np.zeros((capacity, max(sizes, default=1), d_model), np.float32)
-        counts = np.zeros((capacity,), np.int32)
-        for index, task in enumerate(self.stream.tasks[:num_tasks]):
-            if task.pseudo:
-                (rows,) = self._pool(frozen.base, task.pseudo)
-                slot = self.method.slot_index(index)
-                pooled[slot, : len(rows)], counts[slot] = rows, len(rows)
-        return sharding.replicate(Pools(pooled, counts), self.mesh)
-
-
-def _open_slot(
-    model: nn.Module, method: Method, rng: jax.Array, table: jax.Array, previous: Trainable | None
-) -> Trainable:
-    return method.open_task(rng, model.pet_sites(model.config), table, previous)
-
-
-def _empty_bank(model: nn.Module, method: Method, capacity: int) -> Callable[[], Frozen]:
-    shape = model.config
-    return functools.partial(init_frozen, None, method.pet, model.pet_sites(shape), shape.d_model, capacity)
-
-
-def make_pet(config: Any) -> pet.Pet:
-    """The kind of PET block of a config.
-
-    Raises:
-      ValueError: unknown `config.pet.kind`.
-    """
-    options = config.pet
-    if options.kind == "lora":
-        return pet.Lora(options.rank, options.alpha, options.stop_gradient_through_bank)
-    if options.kind == "prompt":
-        return pet.Prompt(options.prompt_length)
-    raise ValueError(f"config.pet.kind={options.kind!r} is unknown; choose lora or prompt.")
-
-
-def make_method(config: Any) -> Method:
-    """The continual-learning method of a config.
-
-    Raises:
-      ValueError: unknown `config.method`.
-    """
-    if config.method not in METHODS:
-        raise ValueError(f"config.method={config.method!r} is unknown; choose one of {', '.join(METHODS)}.")
-    return METHODS[config.method](
-        pet=make_pet(config),
-        query_hidden=config.attention.query_hidden,
-        query_init_std=config.attention.query_init_std,
-        temperature=config.attention.temperature,
-        pool_padding=config.attention.pool_padding,
-        learning=config.attention.learning,
-        selection=config.attention.selection,
-        kl_ratio=config.kl_ratio,
-        reflection_batch=config.pseudo_samples.batch_size,
-        warm_start_steps=config.attention.warm_start_steps,
-        warm_start_learning_rate=config.attention.warm_start_learning_rate,
-    )
 
 
 def read_inputs(config: Any) -> tuple[nn.Module, Tokenizer, Stream]:
@@ -171,93 +116,56 @@ def read_inputs(config: Any) -> tuple[nn.Module, Tokenizer, Stream]:
     shape = read_shape(options.path, options.variant)
     if not (options.tokenizer or options.path):
         raise ValueError('config.model.tokenizer is empty: name one, or "bytes", for a model without a path.')
+    model, method = make_model(shape, options.dtype, options.remat, options.attention), make_method(config)
+    # What blocks go on is known before data is read.
+    method.trainable_leaves(parameters(model))
     tokenizer = load_tokenizer(options.tokenizer or resolve_path(options.path))
     if tokenizer.vocab_size > shape.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
             "config.model.tokenizer must be the one that the model was trained with."
         )
-    model = make_model(shape, options.dtype, options.remat, options.attention)
-    return model, tokenizer, load_stream(config, tokenizer, model.padding_side, make_method(config))
+    return model, tokenizer, load_stream(config, tokenizer, model.padding_side, method)
 
 
-def build(config: Any, mesh: Mesh) -> tuple[Learner, Any]:
-    """Reads model and data, and builds the jitted functions.
+@contextlib.contextmanager
+def open_run(config: Any, workdir: epath.Path, mesh: Mesh) -> Iterator[tuple[Run, Tree]]:
+    """Reads model and data, builds the programs, and opens the run's log, which is closed at the end.
 
-    Returns:
-      The learner, and the base parameters.
+    Yields:
+      The run, and the base parameters.
 
     Raises:
-      ValueError or FileNotFoundError: naming the file or config field at fault.
+      ValueError or FileNotFoundError: naming the file or config field at fault, before anything is changed.
     """
-    method = make_method(config)
+    method, options = make_method(config), config.model
+    _check_batch_sizes(config, method, mesh)
+    # The data before the weights: these take minutes to load, and a mistake in the data would be told only then.
+    model, tokenizer, stream = read_inputs(config)
+    ends = Ends(config.eval.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id)
+    programs = make_programs(config, model, method, mesh, ends)
+    base = load_params(model, options.path, options.param_dtype, mesh, config.seed)
+    folders = [checkpoints.task_folder(workdir, index, name) for index, name in enumerate(stream.names)]
+    console = make_console()
+    console.quiet = jax.process_index() != 0
+    with RunLog(workdir, resume_from=_resume_point(folders)) as log:
+        yield Run(config, workdir, mesh, model, tokenizer, stream, method, programs, log, console), base
+
+
+def _check_batch_sizes(config: Any, method: Method, mesh: Mesh) -> None:
     sizes = {
         "train.batch_size / accumulation": config.train.batch_size // config.train.accumulation,
         "eval.batch_size": config.eval.batch_size,
     }
-    if config.pseudo_samples.source == "generate" and method.uses_pseudo_samples:
-        sizes["pseudo_samples.generator.batch_size"] = config.pseudo_samples.generator.batch_size
+    if config.pseudo_samples.source == "generate" and method.samples:
+        sizes["pseudo_samples.writer.batch_size"] = config.pseudo_samples.writer.batch_size
     sharding.check_batch_sizes(sizes, mesh)
-    # The data before the weights: these take minutes to load, and a mistake in the data would be told only then.
-    model, tokenizer, stream = read_inputs(config)
-    base = load_params(model, config.model.path, config.model.param_dtype, mesh, config.seed)
-    return make_learner(config, model, method, tokenizer, stream, mesh), base
 
 
-def make_learner(
-    config: Any, model: nn.Module, method: Method, tokenizer: Tokenizer, stream: Stream, mesh: Mesh
-) -> Learner:
-    """The learner of a model and a method on a stream, with its jitted functions.
-
-    What one of them returns is placed as the next one takes it, so that each compiles once for all tasks.
-    """
-    options = config.optimizer
-    optimizer = make_optimizer(
-        options.learning_rate,
-        options.query_projection_learning_rate,
-        options.key_learning_rate,
-        options.beta1,
-        options.beta2,
-        options.epsilon,
-        options.weight_decay,
-        options.max_grad_norm,
-    )
-    open_slot, open_state = functools.partial(_open_slot, model, method), functools.partial(init_state, optimizer)
-    frozen = jax.eval_shape(_empty_bank(model, method, method.capacity(max(len(stream.tasks), config.pet.capacity))))
-    table = jax.ShapeDtypeStruct((model.config.vocab_size, model.config.d_model), np.float32)
-    trainable = jax.eval_shape(open_slot, jax.random.key(0), table, None)
-    state = jax.eval_shape(open_state, trainable)
-    of_frozen, of_trainable, of_state = (sharding.shardings(tree, mesh) for tree in (frozen, trainable, state))
-    return Learner(
-        model=model,
-        method=method,
-        tokenizer=tokenizer,
-        stream=stream,
-        mesh=mesh,
-        layout=Layout(mesh, stream.buckets, config.eval.batch_size, model.padding_side, tokenizer.pad_id),
-        optimizer=optimizer,
-        train_step=make_train_step(
-            model,
-            method,
-            optimizer,
-            lambda step, total: schedule_factor(options.schedule, step, options.warmup_steps, total),
-            config.train.accumulation,
-            config.seed,
-            (of_state, sharding.replicated(mesh)),
-        ),
-        warm_start_step=jax.jit(method.warm_start, out_shardings=of_trainable),
-        open_slot=jax.jit(open_slot, out_shardings=of_trainable),
-        open_state=jax.jit(open_state, out_shardings=of_state),
-        commit_slot=jax.jit(commit, out_shardings=of_frozen),
-        generate=make_generate(
-            model,
-            method,
-            config.eval.max_new_tokens,
-            tokenizer.eos_id,
-            tokenizer.pad_id,
-            config.eval.beams,
-            config.eval.length_penalty,
-        ),
-        weights=jax.jit(functools.partial(attention_weights, model, method)),
-        pooled=jax.jit(functools.partial(pooled_source, model, method)),
-    )
+def _resume_point(folders: list[epath.Path]) -> tuple[int, int] | None:
+    """(task, step) that the curves go on after; None for a new run."""
+    for index, folder in enumerate(folders):
+        if not checkpoints.has_committed(folder):
+            step = checkpoints.latest_step(folder)
+            return (index, step) if index or step else None
+    return (len(folders), 0)

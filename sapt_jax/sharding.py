@@ -1,5 +1,6 @@
 """The device mesh, the rules from logical to mesh axes, and where arrays go."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,8 +8,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from sapt_jax.pet import TASK_AXIS
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -46,24 +45,6 @@ CACHE = ("layers", *KEY_VALUE)
 CROSS_CACHE = ("layers", "batch", "kv_heads", "head_dim", "length")
 HIDDEN = ("batch", "length", "mlp")
 LOGITS = ("batch", "length", "vocab")
-
-# Logical axes of the arrays beside the model's own, by name. In a bank, blocks have an axis "tasks" more.
-LEAF_AXES = {
-    "a": ("layers", "embed", "rank"),
-    "query b": ("layers", "rank", "heads"),
-    "value b": ("layers", "rank", "kv_heads"),
-    "prompt": ("prompt", "act_embed"),
-    "key": ("query",),
-    "keys": ("tasks", "query"),
-    "targets": ("tasks", None),
-    "enabled": ("tasks",),
-    "down": ("query", "query_hidden"),
-    "up": ("query_hidden", "query"),
-    "scale": ("query",),
-    "bias": ("query",),
-    "pooled": ("tasks", "samples", "query"),
-    "counts": ("tasks",),
-}
 
 
 def make_rules(overrides: Sequence[tuple[str, Any]]) -> Rules:
@@ -120,14 +101,20 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+@functools.cache
+def boxed_params(model: nn.Module) -> Any:
+    """The base tree of a model as `jax.ShapeDtypeStruct`s in Linen's boxes, which name the logical axes."""
+    ids, mask = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((1, 2), np.bool_)
+    return jax.eval_shape(model.init, jax.random.key(0), ids, mask, ids, mask)["params"]
+
+
 def abstract_params(model: nn.Module, mesh: Mesh, dtype: Any) -> Any:
     """The base tree of a model as `jax.ShapeDtypeStruct`s in `dtype`, each with its sharding by the rules in force.
 
     Raises:
       ValueError: names every parameter that has a logical axis without a rule, or a size that the mesh does not divide.
     """
-    ids, mask = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((1, 2), np.bool_)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), ids, mask, ids, mask)["params"]
+    boxed = boxed_params(model)
     specs = nn.get_partition_spec(boxed)
     shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
     axes = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -137,33 +124,41 @@ def abstract_params(model: nn.Module, mesh: Mesh, dtype: Any) -> Any:
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), shapes, shardings)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding, by the rules in force, of every array in a tree of PET blocks, keys, pools or optimizer state.
+def shardings(declared: Any, mesh: Mesh) -> Any:
+    """The sharding, by the rules in force, of every array in a tree of declarations.
 
     Args:
-      tree: arrays or `jax.ShapeDtypeStruct`s, in a `Frozen` without its base, a `Trainable`, `TrainState` or `Pools`.
+      declared: a tree whose leaves have a `shape` and logical `axes`, such as `state.Leaf`.
 
     Raises:
-      ValueError: names every array without logical axes, with an axis without a rule, or with a size that the mesh
-        does not divide.
+      ValueError: names every array with an axis without a rule, or with a size that the mesh does not divide.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    named = [(jax.tree_util.keystr(path), x.shape, _leaf_axes(path, x.ndim)) for path, x in leaves]
-    nameless = [name for name, _, axes in named if axes is None]
-    if nameless:
-        raise ValueError("no logical axes in sharding.LEAF_AXES for " + "; ".join(nameless))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(declared, is_leaf=_is_declared)
+    named = [(jax.tree_util.keystr(path), leaf.shape, leaf.axes) for path, leaf in leaves]
     return jax.tree.unflatten(treedef, _named_shardings(named, mesh))
 
 
-def _leaf_axes(path: tuple, ndim: int) -> tuple[str, ...] | None:
-    if ndim == 0:
-        return ()
-    names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
-    axes = LEAF_AXES.get(" ".join(names[-2:]), LEAF_AXES.get(names[-1]))
-    if axes is not None and "bank" in names:
-        place = TASK_AXIS[names[-1]]
-        axes = (*axes[:place], "tasks", *axes[place:])
-    return axes if axes is not None and len(axes) == ndim else None
+def shardings_like(tree: Any, declared: Any, mesh: Mesh) -> Any:
+    """The shardings of a tree that holds arrays for those declared, such as an optimizer's state for what it trains.
+
+    An array is placed as the declared one whose path its own ends with, and whose shape it has; all others, such as
+    counts, are whole on every device.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(declared, is_leaf=_is_declared)
+    known = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+    def axes(path: tuple, x: Any) -> tuple[str | None, ...]:
+        whole = jax.tree_util.keystr(path)
+        twins = [leaf for name, leaf in known.items() if whole.endswith(name) and leaf.shape == x.shape]
+        return twins[0].axes if twins else (None,) * x.ndim
+
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    named = [(jax.tree_util.keystr(path), x.shape, axes(path, x)) for path, x in leaves]
+    return jax.tree.unflatten(treedef, _named_shardings(named, mesh))
+
+
+def _is_declared(x: Any) -> bool:
+    return hasattr(x, "axes") and hasattr(x, "shape")
 
 
 def _named_shardings(named: Sequence[tuple[str, tuple, Sequence]], mesh: Mesh) -> list[NamedSharding]:
@@ -173,7 +168,7 @@ def _named_shardings(named: Sequence[tuple[str, tuple, Sequence]], mesh: Mesh) -
     unruled = [f"{name}: {tuple(axes)}" for name, _, axes in named if any(axis and axis not in known for axis in axes)]
     if unruled:
         raise ValueError("no sharding rule in sharding.RULES for " + "; ".join(unruled))
-    specs = [nn.logical_to_mesh_axes(axes, rules) for _, _, axes in named]
+    specs = [nn.logical_to_mesh_axes(_once(axes), rules) for _, _, axes in named]
     indivisible = [
         f"{name}: {size} over {axis}={_size(mesh, axis)}"
         for (name, shape, _), spec in zip(named, specs, strict=True)
@@ -183,6 +178,11 @@ def _named_shardings(named: Sequence[tuple[str, tuple, Sequence]], mesh: Mesh) -
     if indivisible:
         raise ValueError("config.mesh does not divide the model's sizes; choose other ones: " + "; ".join(indivisible))
     return [NamedSharding(mesh, spec) for spec in specs]
+
+
+def _once(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    """Axes of which none occurs twice: a square array is split along one side at most."""
+    return tuple(None if axis in axes[:place] else axis for place, axis in enumerate(axes))
 
 
 def _size(mesh: Any, axis: Any) -> int:
@@ -285,11 +285,23 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, replicated(mesh))
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Every leaf where `shardings` says."""
-    return jax.device_put(tree, shardings(tree, mesh))
+def abstract(declared: Any, mesh: Mesh) -> Any:
+    """A tree of declarations as `jax.ShapeDtypeStruct`s with their shardings, which stand for its arrays."""
+    return with_shardings(declared, shardings(declared, mesh))
 
 
-def create(init: Callable[[], Any], mesh: Mesh) -> Any:
-    """The tree that `init()` returns, each array made where `shardings` says."""
-    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh))()
+def with_shardings(tree: Any, placed: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s of a tree of anything with a shape and a dtype, with the shardings of another tree."""
+    return jax.tree.map(
+        lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), tree, placed, is_leaf=_is_declared
+    )
+
+
+def place(tree: Any, declared: Any, mesh: Mesh) -> Any:
+    """Every array where `shardings` says of its declaration."""
+    return jax.device_put(tree, shardings(declared, mesh))
+
+
+def create(init: Callable[[], Any], declared: Any, mesh: Mesh) -> Any:
+    """The tree that `init()` returns, each array made where `shardings` says of its declaration."""
+    return jax.jit(init, out_shardings=shardings(declared, mesh))()

@@ -12,7 +12,7 @@ from sapt_jax.data.buckets import Bucket, check_buckets, choose_buckets
 from sapt_jax.data.encoding import EncodedSplit, encode_split
 from sapt_jax.data.prompts import EncodingRules
 from sapt_jax.data.task import Task
-from sapt_jax.methods.base import Method
+from sapt_jax.methods import Method
 from sapt_jax.pretrained.tokenizer import Tokenizer
 from sapt_jax.pseudo_samples.read import encode_pseudo_samples, find_pseudo_dir, load_pseudo_samples
 
@@ -47,12 +47,6 @@ class Stream:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(task.name for task in self.tasks)
-
-    def with_pseudo(self, task_index: int, pseudo: EncodedSplit) -> "Stream":
-        """The stream with this pool of pseudo-samples for one of its tasks."""
-        tasks = list(self.tasks)
-        tasks[task_index] = dataclasses.replace(tasks[task_index], pseudo=pseudo)
-        return dataclasses.replace(self, tasks=tuple(tasks))
 
     def truncated(self) -> dict[str, tuple[int, int]]:
         """Of every task: how many prompts and how many answers were cut to the limits, over all splits."""
@@ -109,7 +103,7 @@ def load_stream(config: Any, tokenizer: Tokenizer, padding_side: str, method: Me
       ValueError or FileNotFoundError: naming the file, row or config field at fault.
     """
     rules = encoding_rules(config, tokenizer, padding_side)
-    source = config.pseudo_samples.source if method.uses_pseudo_samples else "none"
+    source = config.pseudo_samples.source if method.samples else "none"
     prompt_length = method.pet.prompt_length
     names = resolve_task_order(config.task_order, config.benchmark)
     tasks = tuple(_load_encoded(name, config, tokenizer, rules, source) for name in names)

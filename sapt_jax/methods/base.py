@@ -1,79 +1,210 @@
-"""What a continual-learning method decides. Everything else (data, steps, checkpoints, scores) is the same for all."""
+"""What a continual-learning method decides. Every hook has a default, so that a method writes the few that it needs."""
 
-from typing import Any, Protocol
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from sapt_jax.pet import Mixture, Pet, Sites
-from sapt_jax.state import Frozen, Trainable
+from sapt_jax import state
+from sapt_jax.methods.losses import token_cross_entropy
+from sapt_jax.methods.pooling import max_over_tokens
+from sapt_jax.pet import Mixture, Pet
+from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
+
+# (base, *arguments, method=name of a method of the model) -> what the model gives.
+Apply = Callable[..., Any]
+Batch = Mapping[str, jax.Array]
+Logs = dict[str, jax.Array]
 
 
 @struct.dataclass
-class Pools:
-    """Pooled embeddings of the pseudo-samples of each task.
+class Samples:
+    """Features of pseudo-samples of earlier tasks, each task in the row of its slot.
 
-    The embedding table is frozen, so they are constants: reflection needs no forward pass of the language model.
+    The base model is frozen, so they are constants: no forward pass of the language model.
 
     Attributes:
-      pooled: [T, N, D] float32, N the largest pool; rows past a task's count are zero.
+      features: [T, N, F] float32, N the largest pool; rows past a task's count are zero.
       counts: [T] int32.
     """
 
-    pooled: jax.Array
+    features: jax.Array
     counts: jax.Array
 
 
-class Method(Protocol):
-    """The decisions of a method; pure functions of their arguments."""
+@struct.dataclass
+class Seen:
+    """What was seen of a task's data before its first step.
+
+    Attributes:
+      features: [N, F] of training inputs, drawn with replacement, or None for a method that asks for no rows.
+      found: what `summarise` made of the pass before the task, or None without one.
+      samples: of earlier tasks, or None.
+    """
+
+    features: jax.Array | None = None
+    found: Tree | None = None
+    samples: Samples | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """A method: how tasks begin, what is trained, how blocks are mixed, and what is kept.
+
+    A subclass is a frozen dataclass whose fields, made by `settings.setting`, are its settings. All hooks are pure, and
+    all but `summarise` run under jit, with a traced task. One that a class does not define is no part of any program.
+
+    Attributes:
+      pet: the kind of block.
+      needs_task_id: `Task.rows` is told at test time.
+      samples: what the method wants of earlier tasks: "inputs", or None.
+      pass_before, pass_after: the split that `measure` reads before and after a task, or None.
+      rows_before: training inputs whose features `begin_task` is given.
+    """
 
     pet: Pet
-    warm_start_steps: int
-    # Whether pseudo-samples of earlier tasks make a difference.
-    uses_pseudo_samples: bool
+
+    needs_task_id: ClassVar[bool] = False
+    pass_before: ClassVar[str | None] = None
+    pass_after: ClassVar[str | None] = None
+
+    @property
+    def samples(self) -> str | None:
+        return None
+
+    @property
+    def rows_before(self) -> int:
+        return 0
+
+    def uses(self, hook: str) -> bool:
+        """Whether programs call a hook: where the method's class defines it."""
+        return getattr(type(self), hook) is not getattr(Method, hook)
 
     def capacity(self, num_tasks: int) -> int:
         """Slots that the bank needs for a sequence of `num_tasks`."""
+        return num_tasks
 
     def slot_index(self, task_index: int) -> int:
         """The slot that task `task_index` (0-based) trains."""
+        return task_index
 
-    def open_task(self, rng: jax.Array, sites: Sites, table: jax.Array, previous: Trainable | None) -> Trainable:
-        """The trainable tree that a task starts from.
+    def memory(self, parameters: Parameters, capacity: int) -> Tree:
+        """The leaves (`state.Leaf`) that the method keeps between tasks, all zero before the first."""
+        return {}
+
+    def selector(self, parameters: Parameters) -> Tree:
+        """The leaves that the method learns beside the block."""
+        return {}
+
+    def frozen_leaves(self, parameters: Parameters, capacity: int) -> Frozen:
+        """The leaves of the frozen tree with a bank of `capacity` slots; its base is None."""
+        return Frozen(
+            base=None,
+            bank=state.bank_of(self.pet.block(parameters), capacity),
+            enabled=Leaf((capacity,), (state.TASKS,), dtype=jnp.bool_),
+            memory=self.memory(parameters, capacity),
+        )
+
+    def trainable_leaves(self, parameters: Parameters) -> Trainable:
+        """The leaves of the trainable tree."""
+        return Trainable(self.pet.block(parameters), self.selector(parameters))
+
+    def features(self, apply: Apply, base: Tree, source: jax.Array, source_mask: jax.Array) -> jax.Array:
+        """What the method sees of inputs before it mixes: features [B, F] of source [B, S] and its mask."""
+        return max_over_tokens(apply(base, source, method="embed"), source_mask, pool_padding=False)
+
+    def begin_task(
+        self, rng: jax.Array, leaves: Trainable, frozen: Frozen, previous: Trainable | None, seen: Seen, task: Task
+    ) -> Trainable:
+        """Where a task starts: by default a fresh block, and the selector as the task before left it.
 
         Args:
-          table: [V, D], the model's token embeddings.
+          leaves: declarations of the trainable tree.
           previous: what the task before ended with.
         """
+        fresh = state.start(rng, leaves, frozen.base)
+        return fresh if previous is None else fresh.replace(selector=previous.selector)
 
-    def warm_start(
-        self,
-        rng: jax.Array,
-        frozen: Frozen,
-        trainable: Trainable,
-        inputs: jax.Array,
-        pools: Pools,
-        slot_index: jax.Array,
-    ) -> Trainable:
-        """What happens to the attention before a task's first step; `inputs` [N, D] are pooled training inputs."""
-
-    def log_weights(self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array) -> jax.Array:
-        """Log attention [..., T] of inputs whose pooled embeddings are [..., D]."""
-
-    def learning_weights(
-        self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array
+    def weights(
+        self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task, training: bool
     ) -> jax.Array:
-        """Weights [..., T] that a training batch mixes the blocks with; gradients reach the attention through them."""
+        """Weights [..., T] that the blocks are mixed with: by default 1 on the own slot."""
+        return own_slot(frozen, features, task.slot)
 
-    def selection_weights(
-        self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array
-    ) -> jax.Array:
-        """Weights [..., T] that the blocks are mixed with at test time."""
+    def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, task: Task) -> Mixture:
+        """The PET argument of the model under weights [B, T]: by default the bank with the slot in it."""
+        return self.pet.mix(self.pet.write(frozen.bank, trainable.slot, task.slot), weights, task.slot)
 
-    def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, slot_index: jax.Array) -> Mixture:
-        """The PET mixture under attention `weights` [B, T]."""
+    def task_loss(
+        self, apply: Apply, rng: jax.Array, frozen: Frozen, trainable: Trainable, batch: Batch, task: Task
+    ) -> tuple[jax.Array, Logs]:
+        """The loss of a batch, summed over its answers' tokens, and sums over its rows to log.
 
-    def auxiliary_loss(
-        self, rng: jax.Array, frozen: Frozen, trainable: Trainable, pools: Pools, slot_index: jax.Array
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """A loss [] added to the task loss once per step, and what to log of it."""
+        By default token cross-entropy in nats under the mixture, logged with the weights: attention [T].
+        """
+        source, mask = batch["source"], batch["source_mask"]
+        weights = self.weights(frozen, trainable, self.features(apply, frozen.base, source, mask), task, training=True)
+        mixture = self.mixture(frozen, trainable, weights, task)
+        logits = apply(frozen.base, source, mask, batch["target"], batch["target_mask"], mixture)
+        nll, _ = token_cross_entropy(logits, batch["target"], batch["target_mask"])
+        return nll, {"attention": jnp.sum(weights * real_rows(batch)[:, None], axis=0)}
+
+    def penalty(
+        self, rng: jax.Array, frozen: Frozen, trainable: Trainable, samples: Samples | None, task: Task
+    ) -> tuple[jax.Array, Logs]:
+        """A loss [] that is added once a step, and what to log of it."""
+        raise NotImplementedError
+
+    def project(self, frozen: Frozen, before: Trainable, after: Trainable, task: Task) -> Trainable:
+        """What is kept of an optimizer's update from `before` to `after`."""
+        raise NotImplementedError
+
+    def measure(self, apply: Apply, frozen: Frozen, trainable: Trainable, batch: Batch, task: Task) -> Tree:
+        """Sums over a batch's real rows; over a whole pass they are added up in float64 on the host."""
+        raise NotImplementedError
+
+    def summarise(self, memory: Tree, totals: Tree) -> Tree:
+        """What the sums of a pass say, in float64 on the host, from numpy arrays; by default the sums themselves.
+
+        Args:
+          memory: the method's memory before the task's end.
+        """
+        return totals
+
+    def end_task(self, frozen: Frozen, trainable: Trainable, found: Tree | None, task: Task) -> Frozen:
+        """What a task leaves: by default its block, written into the bank.
+
+        Args:
+          found: what `summarise` made of the pass after the task, in float32, or None without one.
+        """
+        return frozen.replace(bank=self.pet.write(frozen.bank, trainable.slot, task.slot))
+
+    def told(self, memory: Tree) -> dict[str, Any]:
+        """What of the memory is told in scores.json, by its name there."""
+        return {}
+
+    def warning(self, logs: Mapping[str, np.ndarray], slot: int) -> str | None:
+        """What a user should know of a task whose last logs, means over steps, are these; or None."""
+        return None
+
+
+def own_slot(frozen: Frozen, features: jax.Array, slot: jax.Array) -> jax.Array:
+    """Weights [..., T] that are 1 on one slot, given as [] or as [...], and 0 elsewhere."""
+    chosen = jnp.arange(frozen.enabled.shape[0]) == jnp.expand_dims(jnp.asarray(slot), -1)
+    return jnp.broadcast_to(chosen.astype(jnp.float32), (*features.shape[:-1], chosen.shape[-1]))
+
+
+def sum_of_slots(frozen: Frozen, features: jax.Array, task: Task) -> jax.Array:
+    """Weights [..., T] that are 1 on every active slot."""
+    active = state.active_slots(frozen, task).astype(jnp.float32)
+    return jnp.broadcast_to(active, (*features.shape[:-1], active.shape[0]))
+
+
+def real_rows(batch: Batch) -> jax.Array:
+    """[B] bool, False on the rows that only fill a batch up."""
+    return batch["source_mask"].any(axis=1)

@@ -1,149 +1,190 @@
 """SAPT: shared attentive learning and selection (SALS) with attentive reflection (ARM), arXiv 2401.08295."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from sapt_jax import losses
-from sapt_jax.methods import shared_attention
-from sapt_jax.methods.base import Pools
-from sapt_jax.pet import Mixture, Pet, Sites
-from sapt_jax.state import Frozen, Trainable, active_slots, insert
+from sapt_jax import state
+from sapt_jax.methods.base import Apply, Batch, Logs, Method, Samples, Seen, own_slot, real_rows
+from sapt_jax.methods.pooling import max_over_tokens
+from sapt_jax.methods.reflection import reflection_loss
+from sapt_jax.methods.shared_attention import SharedAttention
+from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, setting
+from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
 
-# "attention" is the paper's shared attention. "own" trains each block alone, so that only the warm start and the
-# reflection loss move the attention; "mean" mixes all blocks alike.
-LEARNING = ("attention", "own", "mean")
-SELECTION = ("attention", "mean")
+WARM_START_ROWS = 256
+CLOSED_GATE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Sapt:
+class Sapt(Method):
     """Every task opens a block and a key of its own; one attention over all keys mixes the blocks.
 
-    Attributes:
-      pet: the kind of block.
-      query_hidden: width between the two matrices of the query projection (100 in the paper).
-      query_init_std: None for uniform initialisation by fan-in, else the standard deviation of a normal one.
-      temperature: multiplies sqrt(D) under the attention scores.
-      pool_padding: see `shared_attention.pool`.
-      learning, selection: what mixes the blocks in training (one of `LEARNING`) and at test time (`SELECTION`).
-      kl_ratio: weight of the reflection loss; 0 turns ARM off.
-      reflection_batch: pseudo-samples of each earlier task that a step draws.
-      warm_start_steps, warm_start_learning_rate: see `warm_start`; 0 steps is the paper.
+    In `selector` are the key and the query projection, in `memory` the keys of earlier tasks [T, D] and their
+    reflection targets [T, T]: row i the mean attention of task i just after it was learned, zero on later slots.
     """
 
-    pet: Pet
-    query_hidden: int
-    query_init_std: float | None
-    temperature: float
-    pool_padding: bool
-    learning: str
-    selection: str
-    kl_ratio: float
-    reflection_batch: int
-    warm_start_steps: int
-    warm_start_learning_rate: float
+    query_hidden: int = setting(100, "Width between the two matrices of the query projection.", POSITIVE)
+    query_init_std: float | None = setting(
+        None, "None: uniform by fan-in, as the released code for T5; 0.02 is its LLaMA.", POSITIVE, of_type=float
+    )
+    temperature: float = setting(1.0, "Multiplies sqrt(D) under the attention scores.", POSITIVE)
+    pool_padding: bool = setting(False, "Pool padding too, as the released code.", protocol=True)
+    learning: str = setting(
+        "attention",
+        "What mixes the blocks in training: the attention, the own block alone (the key then learns from the warm "
+        "start), or all alike.",
+        choices=("attention", "own", "mean"),
+    )
+    selection: str = setting("attention", "What mixes them at test time.", choices=("attention", "mean"))
+    # 2.0 is the released code's effective weight on SuperNI with T5.
+    kl_ratio: float = setting(
+        2.0, "Weight of the mean KL of each earlier task, summed over tasks; 0 turns reflection off.", NOT_NEGATIVE
+    )
+    reflection_batch: int = setting(8, "Pseudo-samples of every earlier task that a step draws.", POSITIVE)
+    warm_start_steps: int = setting(
+        0, "Updates of key and query projection alone before a task's first step; not in the paper.", NOT_NEGATIVE
+    )
+    warm_start_learning_rate: float = setting(2e-3, "Of these updates, by Adam.", POSITIVE)
+
+    pass_after: ClassVar[str | None] = "dev"
 
     @property
-    def uses_pseudo_samples(self) -> bool:
-        return self.kl_ratio > 0
+    def samples(self) -> str | None:
+        return "inputs" if self.kl_ratio > 0 else None
 
-    def capacity(self, num_tasks: int) -> int:
-        return num_tasks
+    @property
+    def rows_before(self) -> int:
+        return WARM_START_ROWS if self.warm_start_steps else 0
 
-    def slot_index(self, task_index: int) -> int:
-        return task_index
+    def uses(self, hook: str) -> bool:
+        return super().uses(hook) and (hook != "penalty" or self.kl_ratio > 0)
 
-    def open_task(self, rng: jax.Array, sites: Sites, table: jax.Array, previous: Trainable | None) -> Trainable:
-        """A fresh block and key; the query projection goes on from the task before."""
-        slot_rng, key_rng, projection_rng = jax.random.split(rng, 3)
-        d_model = table.shape[1]
-        if previous is None:
-            projection = shared_attention.init_query_projection(
-                projection_rng, d_model, self.query_hidden, self.query_init_std
-            )
-        else:
-            projection = previous.query_projection
-        slot = self.pet.init_block(slot_rng, sites, table)
-        return Trainable(slot, shared_attention.init_key(key_rng, d_model), projection)
+    def memory(self, parameters: Parameters, capacity: int) -> Tree:
+        width = parameters["token_embedder/embedding"].shape[1]
+        return {
+            "keys": Leaf((capacity, width), (state.TASKS, "query")),
+            "reflection_targets": Leaf((capacity, capacity), (state.TASKS, state.TASKS)),
+        }
 
-    def warm_start(
-        self,
-        rng: jax.Array,
-        frozen: Frozen,
-        trainable: Trainable,
-        inputs: jax.Array,
-        pools: Pools,
-        slot_index: jax.Array,
+    def selector(self, parameters: Parameters) -> Tree:
+        width = parameters["token_embedder/embedding"].shape[1]
+        pooled, keys = jax.ShapeDtypeStruct((1, width), jnp.float32), jax.ShapeDtypeStruct((1, width), jnp.float32)
+        active, slot = jax.ShapeDtypeStruct((1,), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)
+        return state.declare(self._attention(), pooled, keys, active, slot)
+
+    def features(self, apply: Apply, base: Tree, source: jax.Array, source_mask: jax.Array) -> jax.Array:
+        """The maximum of the token embeddings [B, D]."""
+        return max_over_tokens(apply(base, source, method="embed"), source_mask, self.pool_padding)
+
+    def begin_task(
+        self, rng: jax.Array, leaves: Trainable, frozen: Frozen, previous: Trainable | None, seen: Seen, task: Task
     ) -> Trainable:
-        """Moves key and query projection by Adam until the task's inputs attend to its slot and earlier ones do not.
-
-        The loss is -log of the new slot's attention, mean over `inputs`, plus the reflection loss. Not in the paper,
-        where the new slot is opened by the task loss alone: that needs the block to be useful before the reflection
-        loss has shut the slot.
-        """
+        """A fresh block and key, the query projection of the task before, and the warm start."""
+        fresh_rng, warm_rng = jax.random.split(rng)
+        fresh = state.start(fresh_rng, leaves, frozen.base)
+        if previous is not None:
+            kept = previous.selector["query_projection"]
+            fresh = fresh.replace(selector={**fresh.selector, "query_projection": kept})
         if not self.warm_start_steps:
-            return trainable
+            return fresh
+        return fresh.replace(selector=self.warm_start(warm_rng, frozen, fresh, seen, task))
+
+    def warm_start(self, rng: jax.Array, frozen: Frozen, trainable: Trainable, seen: Seen, task: Task) -> Tree:
+        """The selector, moved by Adam until the task's inputs attend to its slot and earlier ones do not.
+
+        The loss is -log of the new slot's attention, mean over `seen.features`, plus the reflection loss. Not in the
+        paper. A fresh block is empty, so at first only the reflection loss pulls at the attention, and it shuts the
+        new slot; near zero, nothing is left to open it. At the paper's low rate and thousands of steps the block is
+        useful before that happens; a short run with a high rate needs the start.
+        """
         optimizer = optax.adam(self.warm_start_learning_rate)
 
-        def loss(attention, rng):
-            moved = trainable.replace(key=attention[0], query_projection=attention[1])
-            own = jnp.take(self.log_weights(frozen, moved, inputs, slot_index), slot_index, axis=-1)
-            return self.auxiliary_loss(rng, frozen, moved, pools, slot_index)[0] - own.mean()
+        def loss(selector, rng):
+            moved = trainable.replace(selector=selector)
+            own = jnp.take(self.log_weights(frozen, moved, seen.features, task), task.slot, axis=-1)
+            reflection = self.penalty(rng, frozen, moved, seen.samples, task)[0] if self.uses("penalty") else 0.0
+            return reflection - own.mean()
 
         def update(carry, rng):
-            attention, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(attention, rng), state)
-            return (optax.apply_updates(attention, updates), state), None
+            selector, opt_state = carry
+            updates, opt_state = optimizer.update(jax.grad(loss)(selector, rng), opt_state)
+            return (optax.apply_updates(selector, updates), opt_state), None
 
-        attention = (trainable.key, trainable.query_projection)
         rngs = jax.random.split(rng, self.warm_start_steps)
-        (attention, _), _ = jax.lax.scan(update, (attention, optimizer.init(attention)), rngs)
-        return trainable.replace(key=attention[0], query_projection=attention[1])
+        (selector, _), _ = jax.lax.scan(update, (trainable.selector, optimizer.init(trainable.selector)), rngs)
+        return selector
 
-    def log_weights(self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array) -> jax.Array:
-        _, keys = insert(frozen, trainable, slot_index)
-        query = shared_attention.make_query(trainable.query_projection, pooled)
-        return shared_attention.log_weights(query, keys, active_slots(frozen, slot_index), self.temperature)
+    def log_weights(self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task) -> jax.Array:
+        """Log attention [..., T] of features [..., D]."""
+        arguments = (features, frozen.memory["keys"], state.active_slots(frozen, task), task.slot)
+        return self._attention().apply({"params": trainable.selector}, *arguments)
 
-    def learning_weights(
-        self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array
+    def weights(
+        self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task, training: bool
     ) -> jax.Array:
-        return self._weights(self.learning, frozen, trainable, pooled, slot_index)
-
-    def selection_weights(
-        self, frozen: Frozen, trainable: Trainable, pooled: jax.Array, slot_index: jax.Array
-    ) -> jax.Array:
-        return self._weights(self.selection, frozen, trainable, pooled, slot_index)
-
-    def _weights(self, kind, frozen, trainable, pooled, slot_index):
+        kind = self.learning if training else self.selection
         if kind == "attention":
-            return jnp.exp(self.log_weights(frozen, trainable, pooled, slot_index))
-        slots = active_slots(frozen, slot_index)
+            return jnp.exp(self.log_weights(frozen, trainable, features, task))
+        active = state.active_slots(frozen, task)
         if kind == "own":
-            slots = slots & (jnp.arange(slots.shape[0]) == slot_index)
-        return jnp.broadcast_to(slots / jnp.maximum(slots.sum(), 1), (*pooled.shape[:-1], slots.shape[0]))
+            return own_slot(frozen, features, task.slot) * active
+        return jnp.broadcast_to(active / jnp.maximum(active.sum(), 1), (*features.shape[:-1], active.shape[0]))
 
-    def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, slot_index: jax.Array) -> Mixture:
-        bank, _ = insert(frozen, trainable, slot_index)
-        return self.pet.mix(bank, weights, slot_index)
-
-    def auxiliary_loss(
-        self, rng: jax.Array, frozen: Frozen, trainable: Trainable, pools: Pools, slot_index: jax.Array
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """kl_ratio * sum over earlier tasks of KL(recorded attention || current), over drawn pseudo-samples."""
-        capacity, size = pools.pooled.shape[:2]
-        if not self.uses_pseudo_samples:
-            return jnp.zeros(()), {"reflection_loss": jnp.zeros(()), "reflection_by_task": jnp.zeros((capacity,))}
-        drawn = jax.random.randint(rng, (capacity, self.reflection_batch), 0, jnp.maximum(pools.counts, 1)[:, None])
-        pooled = jnp.take_along_axis(pools.pooled, jnp.minimum(drawn, size - 1)[..., None], axis=1)
-        valid = jnp.broadcast_to((pools.counts > 0)[:, None], drawn.shape)
+    def penalty(
+        self, rng: jax.Array, frozen: Frozen, trainable: Trainable, samples: Samples | None, task: Task
+    ) -> tuple[jax.Array, Logs]:
+        """kl_ratio times the reflection loss over drawn pseudo-samples."""
+        if samples is None:
+            raise ValueError("the reflection loss needs pseudo-samples")
+        capacity, size = samples.features.shape[:2]
+        shape = (capacity, self.reflection_batch)
+        drawn = jax.random.randint(rng, shape, 0, jnp.maximum(samples.counts, 1)[:, None])
+        features = jnp.take_along_axis(samples.features, jnp.minimum(drawn, size - 1)[..., None], axis=1)
+        valid = jnp.broadcast_to((samples.counts > 0)[:, None], shape)
         # A withdrawn slot takes no part: what was recorded on it is spread over the others.
-        targets = frozen.targets * frozen.enabled
+        targets = frozen.memory["reflection_targets"] * frozen.enabled
         targets = targets / jnp.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
-        current = self.log_weights(frozen, trainable, pooled, slot_index)
-        total, by_task = losses.reflection_loss(targets, current, valid, slot_index)
+        current = self.log_weights(frozen, trainable, features, task)
+        total, by_task = reflection_loss(targets, current, valid, task.slot)
         return self.kl_ratio * total, {"reflection_loss": total, "reflection_by_task": by_task}
+
+    def measure(self, apply: Apply, frozen: Frozen, trainable: Trainable, batch: Batch, task: Task) -> Tree:
+        """The attention of a batch's inputs, summed over rows, and their number."""
+        features = self.features(apply, frozen.base, batch["source"], batch["source_mask"])
+        attention = jnp.exp(self.log_weights(frozen, trainable, features, task))
+        real = real_rows(batch)
+        return {"attention": jnp.sum(attention * real[:, None], axis=0), "rows": jnp.sum(real)}
+
+    def summarise(self, memory: Tree, totals: Tree) -> Tree:
+        """The task's reflection target [T]."""
+        return totals["attention"] / np.maximum(totals["rows"], 1)
+
+    def end_task(self, frozen: Frozen, trainable: Trainable, found: Tree | None, task: Task) -> Frozen:
+        """Block, key and reflection target become part of the frozen tree."""
+        memory = {
+            "keys": jax.lax.dynamic_update_index_in_dim(frozen.memory["keys"], trainable.selector["key"], task.slot, 0),
+            "reflection_targets": jax.lax.dynamic_update_index_in_dim(
+                frozen.memory["reflection_targets"], found, task.slot, 0
+            ),
+        }
+        return super().end_task(frozen, trainable, found, task).replace(memory=memory)
+
+    def told(self, memory: Tree) -> dict[str, Any]:
+        return {"reflection_targets": memory["reflection_targets"]}
+
+    def warning(self, logs: Mapping[str, np.ndarray], slot: int) -> str | None:
+        if logs["attention"][slot] >= CLOSED_GATE:
+            return None
+        return (
+            f"the mean attention on the new slot stayed under {CLOSED_GATE:.0%}, so older blocks learned the task. "
+            "Raise config.sapt.warm_start_steps, or lower config.sapt.kl_ratio."
+        )
+
+    def _attention(self) -> SharedAttention:
+        return SharedAttention(self.query_hidden, self.query_init_std, self.temperature)

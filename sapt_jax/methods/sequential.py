@@ -1,16 +1,16 @@
-"""Sequential LoRA (or prompt): one block that every task goes on training, unprotected. The paper's lower bound."""
+"""Sequential LoRA or prompt: one block that every task goes on training, unprotected. The paper's lower bound."""
+
+import dataclasses
 
 import jax
 
-from sapt_jax.methods.sapt import Sapt
-from sapt_jax.pet import Sites
-from sapt_jax.state import Trainable
+from sapt_jax.methods.base import Method, Seen
+from sapt_jax.state import Frozen, Task, Trainable
 
 
-class SeqLora(Sapt):
-    """A bank of one slot: its attention is 1 for every input, and there is no earlier task to reflect on."""
-
-    uses_pseudo_samples = False
+@dataclasses.dataclass(frozen=True)
+class Sequential(Method):
+    """A bank of one slot, which is the whole mixture."""
 
     def capacity(self, num_tasks: int) -> int:
         return 1
@@ -18,6 +18,8 @@ class SeqLora(Sapt):
     def slot_index(self, task_index: int) -> int:
         return 0
 
-    def open_task(self, rng: jax.Array, sites: Sites, table: jax.Array, previous: Trainable | None) -> Trainable:
+    def begin_task(
+        self, rng: jax.Array, leaves: Trainable, frozen: Frozen, previous: Trainable | None, seen: Seen, task: Task
+    ) -> Trainable:
         """The block goes on from the task before."""
-        return super().open_task(rng, sites, table, None) if previous is None else previous
+        return super().begin_task(rng, leaves, frozen, previous, seen, task) if previous is None else previous

@@ -1,78 +1,84 @@
 """Shared attention over task keys: pooled input -> query -> weights on every task's block (SAPT, section 3.2)."""
 
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 LAYER_NORM_EPSILON = 1e-5
 
 
-def pool(embeddings: jax.Array, mask: jax.Array, pool_padding: bool) -> jax.Array:
-    """Element-wise maximum of the token embeddings over the valid positions.
+class QueryProjection(nn.Module):
+    """LayerNorm(SiLU((x W_down) W_up)), nothing between the two matrices.
 
-    Args:
-      embeddings: [B, L, D], the frozen table's rows of the source tokens.
-      mask: [B, L] bool, True on tokens.
-      pool_padding: as in the paper's released code, a row shorter than the longest of its batch also takes its padding
-        embeddings into the maximum, so that weights depend on the batch.
-
-    Returns:
-      [B, D] float32; zero for a row without tokens.
+    Attributes:
+      hidden: width between them (100 in the paper).
+      init_std: None for matrices ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)) (the released code's T5), else the standard
+        deviation of normal ones (its LLaMA).
     """
-    embeddings = embeddings.astype(jnp.float32)
-    lengths = mask.sum(axis=1)
-    if pool_padding:
-        mask = mask | (lengths < lengths.max())[:, None]
-    pooled = jnp.max(embeddings, axis=1, where=mask[..., None], initial=-jnp.inf)
-    return jnp.where((lengths > 0)[:, None], pooled, 0.0)
+
+    hidden: int
+    init_std: float | None
+
+    @nn.compact
+    def __call__(self, pooled: jax.Array) -> jax.Array:
+        """pooled [..., D] -> query [..., D] float32."""
+        if self.init_std is None:
+            init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        else:
+            init = nn.initializers.normal(self.init_std)
+
+        def dense(features: int, axes: tuple[str, str], name: str) -> nn.Dense:
+            kernel_init = nn.with_logical_partitioning(init, axes)
+            return nn.Dense(features, use_bias=False, kernel_init=kernel_init, name=name)
+
+        hidden = dense(self.hidden, ("query", "query_hidden"), "down")(pooled)
+        hidden = dense(pooled.shape[-1], ("query_hidden", "query"), "up")(hidden)
+        norm = nn.LayerNorm(
+            LAYER_NORM_EPSILON,
+            use_fast_variance=False,
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("query",)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("query",)),
+            name="norm",
+        )
+        return norm(nn.silu(hidden))
 
 
-def init_query_projection(rng: jax.Array, d_model: int, hidden: int, std: float | None) -> dict[str, jax.Array]:
-    """W_down [D, hidden], W_up [hidden, D], and LayerNorm's scale and bias [D], in float32.
+class SharedAttention(nn.Module):
+    """The attention, with what the current task learns of it as its parameters: its `key` [D] and `query_projection`.
 
-    With `std` None both matrices are U(-1/sqrt(fan_in), 1/sqrt(fan_in)) (the released code's T5), else N(0, std)
-    (its LLaMA).
+    Attributes:
+      query_hidden, query_init_std: see `QueryProjection`.
+      temperature: multiplies sqrt(D) under the scores; 1 in all of the paper's runs.
     """
-    down_rng, up_rng = jax.random.split(rng)
 
-    def matrix(key, shape):
-        if std is not None:
-            return std * jax.random.normal(key, shape, jnp.float32)
-        return jax.random.uniform(key, shape, jnp.float32, -(shape[0] ** -0.5), shape[0] ** -0.5)
+    query_hidden: int
+    query_init_std: float | None
+    temperature: float
 
-    return {
-        "down": matrix(down_rng, (d_model, hidden)),
-        "up": matrix(up_rng, (hidden, d_model)),
-        "scale": jnp.ones((d_model,), jnp.float32),
-        "bias": jnp.zeros((d_model,), jnp.float32),
-    }
+    @nn.compact
+    def __call__(self, pooled: jax.Array, keys: jax.Array, active: jax.Array, slot: jax.Array) -> jax.Array:
+        """log softmax over the active slots of (query . key) / (temperature * sqrt(D)).
+
+        Args:
+          pooled: [..., D].
+          keys: [T, D] of earlier tasks; the current one's is put at `slot`.
+          active: [T] bool, the slots that take part; all others get -inf, and where none takes part all do.
+
+        Returns:
+          [..., T] float32.
+        """
+        capacity, width = keys.shape
+        chex.assert_shape([pooled, active], [(..., width), (capacity,)])
+        init = nn.with_logical_partitioning(_uniform, ("query",))
+        key = self.param("key", init, (width,), jnp.float32)
+        keys = jax.lax.dynamic_update_index_in_dim(jax.lax.stop_gradient(keys), key, slot, 0)
+        query = QueryProjection(self.query_hidden, self.query_init_std, name="query_projection")(pooled)
+        scores = query @ keys.T / (self.temperature * width**0.5)
+        scores = jnp.where(active, scores, -jnp.inf)
+        return jnp.where(active.any(), jax.nn.log_softmax(scores, axis=-1), -jnp.inf)
 
 
-def init_key(rng: jax.Array, d_model: int) -> jax.Array:
-    """A task key [D] ~ U(-1, 1)."""
-    return jax.random.uniform(rng, (d_model,), jnp.float32, -1.0, 1.0)
-
-
-def make_query(projection: dict[str, jax.Array], pooled: jax.Array) -> jax.Array:
-    """LayerNorm(SiLU((x W_down) W_up)): pooled [..., D] -> query [..., D], float32. Nothing between the two."""
-    hidden = jax.nn.silu(pooled @ projection["down"] @ projection["up"])
-    mean = hidden.mean(axis=-1, keepdims=True)
-    variance = jnp.square(hidden - mean).mean(axis=-1, keepdims=True)
-    normed = (hidden - mean) * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-    return normed * projection["scale"] + projection["bias"]
-
-
-def log_weights(query: jax.Array, keys: jax.Array, active: jax.Array, temperature: float) -> jax.Array:
-    """log softmax over the active slots of (query . key) / (temperature * sqrt(D)).
-
-    Args:
-      query: [..., D].
-      keys: [T, D].
-      active: [T] bool, the slots that take part; all others get -inf, and where none takes part all do.
-      temperature: multiplies sqrt(D); 1 in all of the paper's runs.
-
-    Returns:
-      [..., T] float32.
-    """
-    scores = query @ keys.T / (temperature * keys.shape[-1] ** 0.5)
-    scores = jnp.where(active, scores, -jnp.inf)
-    return jnp.where(active.any(), jax.nn.log_softmax(scores, axis=-1), -jnp.inf)
+def _uniform(rng: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """A task key ~ U(-1, 1)."""
+    return jax.random.uniform(rng, shape, dtype, -1.0, 1.0)

@@ -51,6 +51,11 @@ def lora_delta(x: jax.Array, block: dict[str, jax.Array], pet: Any, dtype: Any) 
     return matmul(z * pet.columns[:, None, :].astype(dtype), block["b"], dtype, dtype)
 
 
+def part(blocks: Any, name: str) -> Any:
+    """The LoRA blocks of one part of a module, or None where it has none."""
+    return None if blocks is None else blocks.get(name)
+
+
 class Dense(nn.Module):
     """A projection without bias, plus the mixture of LoRA blocks where one is given."""
 
@@ -127,11 +132,11 @@ class GatedMlp(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_0")(x)
-        up = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_1")(x)
+    def __call__(self, x: jax.Array, blocks: Any = None, pet: Any = None) -> jax.Array:
+        gate = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_0")(x, part(blocks, "wi_0"), pet)
+        up = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_1")(x, part(blocks, "wi_1"), pet)
         hidden = constrain(self.activation(gate) * up, *HIDDEN)
-        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden, part(blocks, "wo"), pet)
 
 
 class Mlp(nn.Module):
@@ -142,18 +147,17 @@ class Mlp(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = self.activation(Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi")(x))
-        hidden = constrain(hidden, *HIDDEN)
-        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+    def __call__(self, x: jax.Array, blocks: Any = None, pet: Any = None) -> jax.Array:
+        hidden = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi")(x, part(blocks, "wi"), pet)
+        hidden = constrain(self.activation(hidden), *HIDDEN)
+        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden, part(blocks, "wo"), pet)
 
 
 class Attention(nn.Module):
-    """Projections of multi-head attention, with grouped keys and values and LoRA where `pet` names them.
+    """Multi-head attention with grouped keys and values, and LoRA on the projections that have blocks.
 
-    `kernel` is what `causal_attention` runs.
-
-    `project_query`, `project_key_value` and `attend` are separate so that a caller can rotate, cache or reuse parts.
+    `kernel` is what `causal_attention` runs. Its steps are separate so that a caller can rotate, cache or reuse parts:
+    `project_query`, `project_key_value`, then `attend` or `attend_causally`, then `project_out`.
     """
 
     num_heads: int
@@ -177,33 +181,40 @@ class Attention(nn.Module):
 
     def project_query(self, x: jax.Array, blocks: Any, pet: Any) -> jax.Array:
         """x [B, L, D] -> [B, L, N, H]."""
-        y = self.query(x, None if blocks is None else blocks["query"], pet)
+        y = self.query(x, part(blocks, "query"), pet)
         return constrain(y.reshape(*x.shape[:2], self.num_heads, self.head_dim), *QUERY)
 
     def project_key_value(self, x: jax.Array, blocks: Any, pet: Any) -> tuple[jax.Array, jax.Array]:
         """x [B, S, D] -> keys and values, each [B, S, K, H]."""
         shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
-        value = self.value(x, None if blocks is None else blocks["value"], pet)
-        return constrain(self.key(x).reshape(shape), *KEY_VALUE), constrain(value.reshape(shape), *KEY_VALUE)
+        key = self.key(x, part(blocks, "key"), pet)
+        value = self.value(x, part(blocks, "value"), pet)
+        return constrain(key.reshape(shape), *KEY_VALUE), constrain(value.reshape(shape), *KEY_VALUE)
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None
     ) -> jax.Array:
-        """softmax(query . key * scale + bias) value, projected back to D.
+        """softmax(query . key * scale + bias) value, [B, L, N, H].
 
         Args:
           query: [B, L, N, H]; key, value: [B, S, K, H].
           mask: broadcastable to [B, 1, L, S], True where attention is allowed, or None.
           bias: broadcastable to [B, N, L, S], or None.
         """
-        return self._project(jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=self.scale))
+        return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=self.scale)
 
     def attend_causally(self, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array) -> jax.Array:
         """As `attend` of a batch to itself: each token sees those of valid [B, L] up to itself."""
-        return self._project(causal_attention(query, key, value, valid, self.scale, self.kernel))
+        return causal_attention(query, key, value, valid, self.scale, self.kernel)
 
-    def _project(self, mixed: jax.Array) -> jax.Array:
-        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+    def project_out(self, attended: jax.Array, blocks: Any, pet: Any) -> jax.Array:
+        """attended [B, L, N, H] -> [B, L, D]."""
+        return self.out(attended.reshape(*attended.shape[:2], -1), part(blocks, "out"), pet)
+
+
+# What a backward pass computes again, by name; under "none", nothing.
+_REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+REMAT = ("none", *_REMAT_POLICIES)
 
 
 def scan_layers(block: type[nn.Module], length: int, in_axes: Any, remat: str) -> Callable:
@@ -212,13 +223,16 @@ def scan_layers(block: type[nn.Module], length: int, in_axes: Any, remat: str) -
     Args:
       block: module with `__call__(carry, *inputs) -> (carry, outputs)`.
       in_axes: scan axis of each input, `nn.broadcast` for those that every layer shares.
-      remat: "none", "full" (recompute everything) or "dots" (keep matrix products).
+      remat: one of `REMAT`: "none", "full" (recompute everything) or "dots" (keep matrix products).
+
+    Raises:
+      ValueError: an unknown remat.
     """
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if remat not in REMAT:
+        *others, last = map(repr, REMAT)
+        raise ValueError(f"config.model.remat={remat!r} is unknown; choose {', '.join(others)} or {last}.")
     if remat != "none":
-        if remat not in policies:
-            raise ValueError(f"config.model.remat={remat!r} is unknown; choose 'none', 'full' or 'dots'.")
-        block = nn.remat(block, prevent_cse=False, policy=policies[remat])
+        block = nn.remat(block, prevent_cse=False, policy=_REMAT_POLICIES[remat])
     return nn.scan(
         block,
         variable_axes={"params": 0},

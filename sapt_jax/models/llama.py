@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, scan_layers
+from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, part, scan_layers
 from sapt_jax.models.rope import rotate, rotations
 from sapt_jax.models.shapes import LlamaConfig
-from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
+from sapt_jax.pet import Mixture, layer_blocks, put_prompt_before
 from sapt_jax.sharding import CACHE, STATES, constrain
 
 ACTIVATIONS = {
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
         Args:
           carry: (x [B, L, D], cached key, cached value, layer index); cached arrays are [layers, B, S, K, H] or None.
-          blocks: this layer's LoRA tree, or None.
+          blocks: this layer's LoRA blocks, or None.
           pet: what all layers share of the mixture, or None.
           rotation: cosine and sine at the positions of x.
           valid: [B, S] bool, True where keys are of tokens.
@@ -78,9 +78,10 @@ class Block(nn.Module):
           The new carry, and this layer's (key, value) [B, L, K, H].
         """
         x, cached_key, cached_value, layer = carry
+        attention_blocks = part(blocks, "self_attention")
         h = self.pre_self_attention_layer_norm(x)
-        query = rotate(self.self_attention.project_query(h, blocks, pet), rotation)
-        key, value = self.self_attention.project_key_value(h, blocks, pet)
+        query = rotate(self.self_attention.project_query(h, attention_blocks, pet), rotation)
+        key, value = self.self_attention.project_key_value(h, attention_blocks, pet)
         key = rotate(key, rotation)
         if write is None:
             attended = self.self_attention.attend_causally(query, key, value, valid)
@@ -91,8 +92,8 @@ class Block(nn.Module):
             all_keys = jax.lax.dynamic_index_in_dim(cached_key, layer, keepdims=False)
             all_values = jax.lax.dynamic_index_in_dim(cached_value, layer, keepdims=False)
             attended = self.self_attention.attend(query, all_keys, all_values, valid[:, None, None, :])
-        x = x + attended
-        x = x + self.mlp(self.pre_mlp_layer_norm(x))
+        x = x + self.self_attention.project_out(attended, attention_blocks, pet)
+        x = x + self.mlp(self.pre_mlp_layer_norm(x), part(blocks, "mlp"), pet)
         x = constrain(x, *STATES)
         return (x, cached_key, cached_value, layer + 1), (key, value)
 
@@ -115,7 +116,7 @@ class Decoder(nn.Module):
 
     def __call__(self, x, positions, valid, pet, cache=None):
         """x [B, L, D] -> (normed states [B, L, D], (keys, values) of these tokens, updated cached keys and values)."""
-        blocks, shared = layer_blocks(pet, "decoder", "self_attention")
+        blocks, shared = layer_blocks(pet, "decoder", "layers")
         cached = (None, None) if cache is None else (cache.key, cache.value)
         write = None if cache is None else cache.column
         carry = (x, *cached, jnp.zeros((), jnp.int32))
@@ -139,20 +140,14 @@ class Llama(nn.Module):
         self.token_embedder = Embedding(c.vocab_size, c.d_model, self.dtype)
         self.decoder = Decoder(c, self.dtype, self.remat, self.kernel)
 
-    @staticmethod
-    def pet_sites(config: LlamaConfig) -> Sites:
-        """The projections that LoRA adapts: q and v of every layer, (layers, fan_in, fan_out)."""
-        width = config.num_heads * config.head_dim
-        kv_width = config.num_kv_heads * config.head_dim
-        projections = {
-            "query": (config.num_layers, config.d_model, width),
-            "value": (config.num_layers, config.d_model, kv_width),
-        }
-        return {"decoder": {"self_attention": projections}}
-
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token embeddings [B, L, D], as the shared attention pools them."""
         return self.token_embedder(ids)
+
+    def encode(self, source: jax.Array, source_mask: jax.Array) -> jax.Array:
+        """What the model makes of a source by itself: its last hidden states [B, S, D], after the final norm."""
+        states, _, _ = self.decoder(self.embed(source), positions_of(source_mask), source_mask, None)
+        return states
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Normed states [B, L, D] -> [B, L, V] float32."""

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, scan_layers
+from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, part, scan_layers
 from sapt_jax.models.shapes import T5Config
-from sapt_jax.pet import Mixture, Sites, layer_blocks, put_prompt_before
+from sapt_jax.pet import Mixture, layer_blocks, put_prompt_before
 from sapt_jax.sharding import CACHE, CROSS_CACHE, STATES, constrain
 
 START_ID = 0
@@ -123,18 +123,20 @@ class EncoderBlock(nn.Module):
 
         Args:
           x: [B, L, D].
-          blocks: this layer's LoRA tree, or None.
+          blocks: this layer's LoRA blocks, or None.
           bias: [1, N, L, L], or this layer's table [N, buckets].
           pet: what all layers share of the mixture, or None.
           buckets: [L, L].
           mask: [B, 1, 1, L] bool.
         """
         bias = look_up(bias, buckets) if self.config.bias_per_layer else bias
+        attention_blocks = part(blocks, "attention")
         h = self.pre_attention_layer_norm(x)
-        query = self.attention.project_query(h, blocks, pet)
-        key, value = self.attention.project_key_value(h, blocks, pet)
-        x = x + self.attention.attend(query, key, value, mask, bias)
-        x = x + self.mlp(self.pre_mlp_layer_norm(x))
+        query = self.attention.project_query(h, attention_blocks, pet)
+        key, value = self.attention.project_key_value(h, attention_blocks, pet)
+        attended = self.attention.attend(query, key, value, mask, bias)
+        x = x + self.attention.project_out(attended, attention_blocks, pet)
+        x = x + self.mlp(self.pre_mlp_layer_norm(x), part(blocks, "mlp"), pet)
         return constrain(x, *STATES), None
 
 
@@ -159,7 +161,7 @@ class DecoderBlock(nn.Module):
         Args:
           carry: (x [B, L, D], cached key, cached value, layer index); the cached arrays are
             [layers, B, S, N, H] or None.
-          blocks: this layer's LoRA tree, or None.
+          blocks: this layer's LoRA blocks, or None.
           bias: [1, N, L, S], or this layer's table [N, buckets].
           cross: this layer's (key, value) [B, N, H, source length], or None to project `encoded`.
           pet: what all layers share of the mixture, or None.
@@ -173,8 +175,7 @@ class DecoderBlock(nn.Module):
           The new carry, and `cross` where it was projected for a cache.
         """
         x, cached_key, cached_value, layer = carry
-        self_blocks = None if blocks is None else blocks["self_attention"]
-        cross_blocks = None if blocks is None else blocks["encoder_decoder_attention"]
+        self_blocks, cross_blocks = part(blocks, "self_attention"), part(blocks, "encoder_decoder_attention")
         bias = look_up(bias, buckets) if self.config.bias_per_layer else bias
 
         h = self.pre_self_attention_layer_norm(x)
@@ -186,7 +187,8 @@ class DecoderBlock(nn.Module):
             cached_value = jax.lax.dynamic_update_slice(cached_value, value[None], start)
             key = jax.lax.dynamic_index_in_dim(cached_key, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cached_value, layer, keepdims=False)
-        x = x + self.self_attention.attend(query, key, value, mask, bias)
+        attended = self.self_attention.attend(query, key, value, mask, bias)
+        x = x + self.self_attention.project_out(attended, self_blocks, pet)
 
         h = self.pre_cross_attention_layer_norm(x)
         query = self.encoder_decoder_attention.project_query(h, cross_blocks, pet)
@@ -196,9 +198,10 @@ class DecoderBlock(nn.Module):
             projected = None if write is None else tuple(jnp.moveaxis(y, 1, -1) for y in (key, value))
         else:
             key, value = (jnp.moveaxis(y, -1, 1) for y in cross)
-        x = x + self.encoder_decoder_attention.attend(query, key, value, source_mask)
+        attended = self.encoder_decoder_attention.attend(query, key, value, source_mask)
+        x = x + self.encoder_decoder_attention.project_out(attended, cross_blocks, pet)
 
-        x = x + self.mlp(self.pre_mlp_layer_norm(x))
+        x = x + self.mlp(self.pre_mlp_layer_norm(x), part(blocks, "mlp"), pet)
         x = constrain(x, *STATES)
         return (x, cached_key, cached_value, layer + 1), projected
 
@@ -220,7 +223,7 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, pet: Mixture | None) -> jax.Array:
         """x [B, L, D], mask [B, L] -> normed states [B, L, D]."""
         c = self.config
-        blocks, shared = layer_blocks(pet, "encoder", "attention")
+        blocks, shared = layer_blocks(pet, "encoder", "layers")
         positions = jnp.arange(x.shape[1])
         buckets = relative_buckets(
             positions[None, :] - positions[:, None], True, c.relative_buckets, c.relative_max_distance
@@ -262,7 +265,7 @@ class Decoder(nn.Module):
           (normed states [B, L, D], cached key and value, cross key and value where they were projected).
         """
         c = self.config
-        blocks, shared = layer_blocks(pet, "decoder")
+        blocks, shared = layer_blocks(pet, "decoder", "layers")
         length = x.shape[1]
         positions = jnp.arange(length) + (0 if write is None else write)
         columns = jnp.arange(length if cached is None else cached[0].shape[2])
@@ -292,25 +295,13 @@ class T5(nn.Module):
         self.encoder = Encoder(c, self.dtype, self.remat)
         self.decoder = Decoder(c, self.dtype, self.remat)
 
-    @staticmethod
-    def pet_sites(config: T5Config) -> Sites:
-        """The projections that LoRA adapts: q and v of every attention, (layers, fan_in, fan_out)."""
-        width = config.num_heads * config.head_dim
-
-        def projections(layers):
-            return {name: (layers, config.d_model, width) for name in ("query", "value")}
-
-        return {
-            "encoder": {"attention": projections(config.num_encoder_layers)},
-            "decoder": {
-                "self_attention": projections(config.num_decoder_layers),
-                "encoder_decoder_attention": projections(config.num_decoder_layers),
-            },
-        }
-
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token embeddings [B, L, D], as the shared attention pools them."""
         return self.token_embedder(ids)
+
+    def encode(self, source: jax.Array, source_mask: jax.Array) -> jax.Array:
+        """What the encoder makes of a source by itself: its last hidden states [B, S, D], after the final norm."""
+        return self.encoder(self.embed(source), source_mask, None)
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Normed decoder states [B, L, D] -> [B, L, V] float32."""

@@ -1,26 +1,18 @@
-"""Parameter-efficient (PET) blocks and their mixture: LoRA and soft prompts.
+"""What every kind of parameter-efficient (PET) block has in common, and the mixture that a model is given.
 
-The blocks of all task slots lie in one tree of arrays, the bank, each with a task axis T of its own:
-
-LoRA, for each adapted projection of a stack of layers: `a` [layers, D, T, R], `b` [layers, T, R, H]. The mixture of all
-blocks is then one LoRA of rank T*R, and reaching that form is a reshape that moves no data (SAPT, section 3.2: the
-weighted sum of the blocks' outputs).
-
-Soft prompts: `prompt` [T, P, D]. The mixture is the weighted sum of the prompts, put before the input's embeddings.
+The blocks of all task slots lie in one tree of arrays, the bank: each array of a block with a task axis T more.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-# sites: {stack: {attention: {projection: (layers, fan_in, fan_out)}}}, declared by each model.
-Sites = Mapping[str, Mapping[str, Mapping[str, tuple[int, int, int]]]]
-
-TASK_AXIS = {"a": 2, "b": 1, "prompt": 0}
+from sapt_jax.state import Parameters, Tree
 
 
 @struct.dataclass
@@ -28,7 +20,8 @@ class Mixture:
     """Everything a model needs to apply PET to one batch: blocks and columns for LoRA, or a prompt.
 
     Attributes:
-      blocks: {stack: {attention: {projection: {"a": [layers, D, T*R], "b": [layers, T*R, H]}}}}, or None.
+      blocks: LoRA's factors, nested as the base tree is down to the module that holds the adapted kernel:
+        {"decoder": {"layers": {"self_attention": {"query": {"a": [layers, D, T*R], "b": [layers, T*R, H]}}}}}, or None.
       columns: [B, T*R], the scaled attention weight of every rank-one column, for each instance, or None.
       slot_columns: [T*R] bool, True on the slot's columns, or None. When given, gradients reach the layers
         below through the slot alone, as in the paper's released code.
@@ -52,7 +45,7 @@ def layer_blocks(mixture: Mixture | None, *path: str) -> tuple[Any, Mixture | No
         return None, None
     blocks = mixture.blocks
     for name in path:
-        blocks = blocks[name]
+        blocks = blocks.get(name) if blocks else None
     return blocks, mixture.replace(blocks=None)
 
 
@@ -68,134 +61,57 @@ def put_prompt_before(mixture: Mixture | None, embeddings: jax.Array, mask: jax.
     return jnp.concatenate([prompt, embeddings], axis=1), jnp.concatenate([seen, mask], axis=1)
 
 
-class Pet(Protocol):
-    """A kind of PET block."""
-
-    prompt_length: int
-
-    def init_block(self, rng: jax.Array, sites: Sites, table: jax.Array) -> Any:
-        """A fresh block in float32. `table` [V, D] holds the model's token embeddings."""
-
-    def init_bank(self, sites: Sites, d_model: int, capacity: int) -> Any:
-        """An empty bank of `capacity` slots, all zero."""
-
-    def mix(self, bank: Any, weights: jax.Array, slot_index: jax.Array) -> Mixture:
-        """The mixture of all blocks in the bank under `weights` [B, T], zero on slots that take no part."""
-
-
-def _is_site(x: Any) -> bool:
-    return isinstance(x, tuple)
-
-
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    """LoRA on the query and value projections of every attention (arXiv 2106.09685).
+class Pet(abc.ABC):
+    """A kind of PET block.
 
-    Attributes:
-      rank, alpha: every block is scaled by alpha / rank.
-      stop_gradient_through_bank: gradients reach the layers below through the current block alone.
+    `kind` is its name in the config. `task_axes` says, for the name of each array of a block, where the bank has its
+    task axis. `prompt_length` is how many vectors the mixture puts before an input.
     """
 
-    rank: int
-    alpha: float
-    stop_gradient_through_bank: bool
+    kind: ClassVar[str]
+    task_axes: ClassVar[Mapping[str, int]]
 
-    prompt_length = 0
+    @property
+    def prompt_length(self) -> int:
+        return 0
 
-    def init_block(self, rng: jax.Array, sites: Sites, table: jax.Array) -> Any:
-        """`a` [layers, D, R] ~ U(-1/sqrt(D), 1/sqrt(D)), `b` [layers, R, H] = 0 (Kaiming-uniform, LoRA's release)."""
-        del table
-        leaves, treedef = jax.tree.flatten(sites, is_leaf=_is_site)
-        blocks = []
-        for key, (layers, fan_in, fan_out) in zip(jax.random.split(rng, len(leaves)), leaves, strict=True):
-            bound = fan_in**-0.5
-            a = jax.random.uniform(key, (layers, fan_in, self.rank), jnp.float32, -bound, bound)
-            blocks.append({"a": a, "b": jnp.zeros((layers, self.rank, fan_out), jnp.float32)})
-        return jax.tree.unflatten(treedef, blocks)
+    @abc.abstractmethod
+    def block(self, parameters: Parameters) -> Tree:
+        """The leaves (`state.Leaf`) of one block on a model with these parameters.
 
-    def init_bank(self, sites: Sites, d_model: int, capacity: int) -> Any:
-        """Leaves {"a": [layers, D, T, R], "b": [layers, T, R, H]}."""
+        Raises:
+          ValueError: the kind does not go with the model.
+        """
 
-        def empty(site):
-            layers, fan_in, fan_out = site
-            return {
-                "a": jnp.zeros((layers, fan_in, capacity, self.rank), jnp.float32),
-                "b": jnp.zeros((layers, capacity, self.rank, fan_out), jnp.float32),
-            }
+    @abc.abstractmethod
+    def mix(self, bank: Tree, weights: jax.Array, slot: jax.Array) -> Mixture:
+        """The mixture of all blocks in the bank under `weights` [B, T], zero on slots that take no part.
 
-        return jax.tree.map(empty, sites, is_leaf=_is_site)
+        Args:
+          slot: [] the slot in training.
+        """
 
-    def mix(self, bank: Any, weights: jax.Array, slot_index: jax.Array) -> Mixture:
-        """A mixture whose output, added to W x, is sum_t weights[:, t] * (alpha / R) * (x A_t) B_t."""
+    def write(self, bank: Tree, block: Tree, slot: Any) -> Tree:
+        """The bank with a block at a slot (traced, so that every task shares one program).
 
-        def flatten(path, leaf):
-            axis = _task_axis(path)
-            return leaf.reshape(leaf.shape[:axis] + (-1,) + leaf.shape[axis + 2 :])
+        Gradients reach the block alone.
+        """
 
-        columns = jnp.repeat(weights, self.rank, axis=1) * (self.alpha / self.rank)
-        slot_columns = None
-        if self.stop_gradient_through_bank:
-            slot_columns = jnp.repeat(jnp.arange(weights.shape[1]) == slot_index, self.rank)
-        return Mixture(jax.tree_util.tree_map_with_path(flatten, bank), columns, slot_columns)
+        def write(path, stored, new):
+            axis = self._task_axis(path)
+            stored = jax.lax.stop_gradient(stored)
+            return jax.lax.dynamic_update_index_in_dim(stored, jnp.expand_dims(new, axis), slot, axis)
 
+        return jax.tree_util.tree_map_with_path(write, bank, block)
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """`prompt_length` vectors before the input's embeddings (prompt tuning, arXiv 2104.08691).
+    def read(self, bank: Tree, slot: Any) -> Tree:
+        """The block stored at a slot of the bank."""
 
-    They go before the encoder's input in T5, before the whole sequence in LLaMA. The query never sees them.
-    """
+        def read(path, stored):
+            return jax.lax.dynamic_index_in_dim(stored, slot, self._task_axis(path), keepdims=False)
 
-    prompt_length: int
+        return jax.tree_util.tree_map_with_path(read, bank)
 
-    def init_block(self, rng: jax.Array, sites: Sites, table: jax.Array) -> Any:
-        """{"prompt": [P, D]}, the embeddings of tokens drawn uniformly from the vocabulary."""
-        del sites
-        drawn = jax.random.randint(rng, (self.prompt_length,), 0, table.shape[0])
-        return {"prompt": jnp.take(table, drawn, axis=0).astype(jnp.float32)}
-
-    def init_bank(self, sites: Sites, d_model: int, capacity: int) -> Any:
-        """{"prompt": [T, P, D]}."""
-        del sites
-        return {"prompt": jnp.zeros((capacity, self.prompt_length, d_model), jnp.float32)}
-
-    def mix(self, bank: Any, weights: jax.Array, slot_index: jax.Array) -> Mixture:
-        """A mixture with the prompt sum_t weights[:, t] P_t."""
-        del slot_index
-        return Mixture(prompt=jnp.einsum("BT,TPD->BPD", weights, bank["prompt"]))
-
-
-def _task_axis(path: tuple) -> int:
-    return TASK_AXIS[path[-1].key]
-
-
-def write_slot(bank: Any, slot: Any, task_index: jax.Array) -> Any:
-    """The bank with `slot` at position `task_index` (traced, so that every task shares one program).
-
-    Gradients reach the slot alone.
-    """
-
-    def write(path, stored, new):
-        axis = _task_axis(path)
-        stored = jax.lax.stop_gradient(stored)
-        return jax.lax.dynamic_update_index_in_dim(stored, jnp.expand_dims(new, axis), task_index, axis)
-
-    return jax.tree_util.tree_map_with_path(write, bank, slot)
-
-
-def grow(bank: Any, capacity: int) -> Any:
-    """The bank with empty slots appended up to `capacity`; what it holds stays as it is."""
-
-    def append(path, stored):
-        axis = _task_axis(path)
-        room = [(0, capacity - stored.shape[axis]) if i == axis else (0, 0) for i in range(stored.ndim)]
-        return jnp.pad(stored, room)
-
-    return jax.tree_util.tree_map_with_path(append, bank)
-
-
-def read_slot(bank: Any, task_index: jax.Array | int) -> Any:
-    """The block stored at position `task_index` of the bank."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, stored: jax.lax.dynamic_index_in_dim(stored, task_index, _task_axis(path), keepdims=False), bank
-    )
+    def _task_axis(self, path: tuple) -> int:
+        return self.task_axes[path[-1].key]

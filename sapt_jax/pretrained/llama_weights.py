@@ -7,6 +7,8 @@ import numpy as np
 
 from sapt_jax.pretrained.rules import Rule, Table
 
+MODEL_TYPES = ("llama",)
+
 _TRANSPOSE = (1, 0)
 _LAYERS = "decoder/layers"
 
@@ -76,3 +78,7 @@ def interleaved_order(heads: int, head_dim: int) -> np.ndarray:
     """
     rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)
+
+
+# Format -> the table for a config.
+TABLES = {"hf": hf_table, "gguf": gguf_table}

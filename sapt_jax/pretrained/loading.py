@@ -17,10 +17,10 @@ FORMATS = {
 
 # (model_type, format) -> the table for a config.
 TABLES: dict[tuple[str, str], Callable[[Mapping[str, Any]], rules.Table]] = {
-    ("llama", "hf"): llama_weights.hf_table,
-    ("llama", "gguf"): llama_weights.gguf_table,
-    **{(kind, "hf"): t5_weights.hf_table for kind in t5_weights.MODEL_TYPES},
-    **{(kind, "t5x"): t5_weights.t5x_table for kind in t5_weights.MODEL_TYPES},
+    (kind, form): table
+    for family in (llama_weights, t5_weights)
+    for kind in family.MODEL_TYPES
+    for form, table in family.TABLES.items()
 }
 
 _SOURCES: dict[str, Callable[[Path], rules.Source]] = {

@@ -122,3 +122,7 @@ def t5x_table(config: Mapping[str, Any]) -> Table:
         rules.append(Rule(f"{stack}/{bias}", f"{owner}/{bias}"))
     rules.append(Rule("decoder/logits_dense/kernel", "decoder/logits_dense/kernel"))
     return Table(tuple(rules))
+
+
+# Format -> the table for a config.
+TABLES = {"hf": hf_table, "t5x": t5x_table}

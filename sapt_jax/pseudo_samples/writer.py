@@ -1,9 +1,9 @@
 """Pseudo-samples that the model writes itself: a block learns to write a task's inputs, and is sampled (section 3.3).
 
-The generator is an ordinary learner with one LoRA block on the plain model. Its tasks are those of the run, their
-sources a fixed cue, their answers the texts of `data.written_samples`; every task starts from a fresh block.
+The writer is a run inside the run, with one LoRA block on the plain model. Its tasks are those of the run, their
+sources a fixed cue, their answers the texts of `written_samples`; every task starts from a fresh block.
 
-    WORKDIR/tasks/00-NAME/generator/                                  Orbax: the block in training
+    WORKDIR/tasks/00-NAME/writer/                                     Orbax: the block in training
     WORKDIR/tasks/00-NAME/generated_data/BENCHMARK/NAME/train.json    the pool; where it is there, the task is done
     WORKDIR/tasks/00-NAME/generated_data/BENCHMARK/NAME/quality.json  how it compares with the real inputs
 """
@@ -13,84 +13,82 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
+from sapt_jax import state
+from sapt_jax.config import make_method
 from sapt_jax.data.benchmarks import BENCHMARKS
 from sapt_jax.data.buckets import choose_buckets
 from sapt_jax.data.encoding import EncodedSplit, Ragged
 from sapt_jax.data.prompts import EncodingRules, encode_prompt, make_prompt
 from sapt_jax.data.stream import EncodedTask, Stream, encoding_rules
 from sapt_jax.data.task import Task
-from sapt_jax.decoding.search import make_sample
+from sapt_jax.decoding.answers import Ends, Sampling, make_sample
+from sapt_jax.evaluation import Trees, mixture_weights
 from sapt_jax.fit import fit
+from sapt_jax.methods.base import Seen
 from sapt_jax.passes import map_sources
-from sapt_jax.pretrained.tokenizer import Tokenizer
+from sapt_jax.programs import make_apply, make_programs
 from sapt_jax.pseudo_samples import written_samples
 from sapt_jax.pseudo_samples.read import encode_pseudo_samples, pool_size, read_pseudo_samples
 from sapt_jax.pseudo_samples.written_samples import Collection
-from sapt_jax.results.curves import RunLog
-from sapt_jax.run import Learner, make_learner, make_method
+from sapt_jax.run import Run
 from sapt_jax.state import Frozen, Trainable
+from sapt_jax.storage import checkpoints
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
 EXAMPLES = 5
+WRITER = "writer"
 
 
 @dataclasses.dataclass(frozen=True)
-class Generator:
+class Writer:
     """What writes the pseudo-samples of a run.
 
     Attributes:
-      config: the run's config, with the generator's settings in place of the learner's.
-      writer: learns the texts.
-      sample: see `decoding.make_sample`.
+      run: learns the texts, one task after the other.
+      sample: see `decoding.answers.make_sample`.
     """
 
-    config: Any
-    writer: Learner
+    run: Run
     sample: Any
 
 
-def make_generator(config: Any, learner: Learner) -> Generator:
-    """The generator of a run, for all of its tasks: they share its programs."""
-    own = generator_config(config)
-    options = config.pseudo_samples.generator
-    model, tokenizer = learner.model, learner.tokenizer
-    stream = _generator_stream(config, learner)
-    writer = make_learner(own, model, make_method(own), tokenizer, stream, learner.mesh)
-    sample = make_sample(
-        model,
-        writer.method,
-        options.max_length,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-        options.temperature,
-        options.top_k,
-        options.top_p,
+def make_writer(run: Run) -> Writer:
+    """The writer of a run, for all of its tasks: they share its programs."""
+    config, options = _writer_config(run.config), run.config.pseudo_samples.writer
+    method, tokenizer = make_method(config), run.tokenizer
+    ends = Ends(options.max_length, tokenizer.eos_id, tokenizer.pad_id)
+    own = dataclasses.replace(
+        run,
+        config=config,
+        stream=_writer_stream(run),
+        method=method,
+        programs=make_programs(config, run.model, method, run.mesh, ends),
+        kind=WRITER,
     )
-    return Generator(own, writer, sample)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    return Writer(own, make_sample(make_apply(run.model), method, ends, sampling))
 
 
-def generator_config(config: Any) -> Any:
-    """The config of training a generator: one LoRA block, its own rates and steps, no early end."""
-    options = config.pseudo_samples.generator
+def _writer_config(config: Any) -> Any:
+    """The config of training a writer: one LoRA block, its own rates and steps, no early end."""
+    options = config.pseudo_samples.writer
     own = config.copy_and_resolve_references()
     own.unlock()
     own.update_from_flattened_dict(
         {
-            "method": "seq_lora",
+            "method": "sequential",
             "pet.kind": "lora",
             "pet.rank": options.rank,
             "pet.alpha": options.alpha,
+            "pet.capacity": 0,
             "optimizer.learning_rate": options.learning_rate,
             "optimizer.schedule": "constant",
             "optimizer.warmup_steps": 0,
-            "attention.warm_start_steps": 0,
             "train.batch_size": options.batch_size,
             "train.accumulation": 1,
             # One step at least is an epoch, so that the limit is what ends it.
@@ -102,19 +100,19 @@ def generator_config(config: Any) -> Any:
     return own
 
 
-def _generator_stream(config: Any, learner: Learner) -> Stream:
-    options = config.pseudo_samples.generator
-    rules = encoding_rules(config, learner.tokenizer, learner.model.padding_side)
+def _writer_stream(run: Run) -> Stream:
+    config, options = run.config, run.config.pseudo_samples.writer
+    rules = encoding_rules(config, run.tokenizer, run.model.padding_side)
     empty = Ragged.from_rows([])
     nothing = EncodedSplit(empty, empty, 0, 0)
 
     def encode(task: Task) -> EncodedTask:
         split = written_samples.encode_generator_split(
-            task, answers=options.answers, tokenizer=learner.tokenizer, rules=rules, max_length=options.max_length
+            task, answers=options.answers, tokenizer=run.tokenizer, rules=rules, max_length=options.max_length
         )
         return EncodedTask(task, split, nothing, nothing, None)
 
-    tasks = tuple(encode(task.task) for task in learner.stream.tasks)
+    tasks = tuple(encode(task.task) for task in run.stream.tasks)
     buckets = choose_buckets(
         np.concatenate([task.train.lengths for task in tasks]),
         max_buckets=config.data.max_buckets,
@@ -126,82 +124,71 @@ def _generator_stream(config: Any, learner: Learner) -> Stream:
     return Stream(tasks, (), tuple(buckets), 0)
 
 
-def with_written_pool(
-    config: Any,
-    generator: Generator,
-    learner: Learner,
-    frozen: Frozen,
-    trainable: Trainable,
-    task_index: int,
-    folder: Path,
-    log: RunLog,
-    console: Console,
-) -> Learner:
-    """The learner with the pool of a committed task, written now unless it was before.
+def write_pool(run: Run, writer: Writer, trees: Trees, task_index: int) -> EncodedSplit:
+    """The pool of a task that has ended, written now unless it was before.
 
     Args:
-      frozen, trainable: as the task left them; they say how the samples attend.
-      folder: the task's folder.
+      trees: frozen and trainable as the task left them; they say how the samples attend.
     """
-    task = learner.stream.tasks[task_index].task
-    rules = _prompt_rules(config, learner)
-    encode = functools.partial(encode_pseudo_samples, template=task.prompt, tokenizer=learner.tokenizer, rules=rules)
-    file = written_samples.pool_file(folder, BENCHMARKS[config.benchmark].folder, task.name)
+    task = run.stream.tasks[task_index].task
+    rules = _prompt_rules(run)
+    encode = functools.partial(encode_pseudo_samples, template=task.prompt, tokenizer=run.tokenizer, rules=rules)
+    folder = checkpoints.task_folder(run.workdir, task_index, task.name)
+    file = written_samples.pool_file(folder, BENCHMARKS[run.config.benchmark].folder, task.name)
     if file.is_file():
-        encoded = encode(read_pseudo_samples(file.parent.parent, task.name))
-    else:
-        blank = generator.writer.init_frozen(frozen.base, 1, ())
-        trained = _train(config, generator, blank, task_index, folder, log, console)
-        collection = _collect(config, generator, blank, trained, task_index, rules)
-        pool = collection.pool(task.name)
-        encoded = encode(pool)
-        quality = written_samples.describe_pool(pool, task)
-        quality |= _attention_gap(learner, frozen, trainable, task_index, encoded)
-        log.log("pseudo_samples", task_index=task_index, task=task.name, step=0, **quality)
-        _tell(console, task.name, collection, quality)
-        if jax.process_index() == 0:
-            report = {**quality, "wanted": collection.wanted, "rejected": collection.rejected}
-            write_text_atomically(file.with_name("quality.json"), json.dumps(to_jsonable(report), indent=1) + "\n")
-            write_text_atomically(file, written_samples.pool_json(pool))
-    return dataclasses.replace(learner, stream=learner.stream.with_pseudo(task_index, encoded))
+        return encode(read_pseudo_samples(file.parent.parent, task.name))
+    blank = writer.run.empty(trees[0].base, 1)
+    collection = _collect(writer, (blank, _train(writer, blank, task_index)), task_index, rules)
+    pool = collection.pool(task.name)
+    encoded = encode(pool)
+    quality = written_samples.describe_pool(pool, task) | _attention_gap(run, trees, task_index, encoded)
+    run.log.log("pseudo_samples", task_index=task_index, task=task.name, step=0, **quality)
+    _tell(run, task.name, collection, quality)
+    if jax.process_index() == 0:
+        report = {**quality, "wanted": collection.wanted, "rejected": collection.rejected}
+        write_text_atomically(file.with_name("quality.json"), json.dumps(to_jsonable(report), indent=1) + "\n")
+        write_text_atomically(file, written_samples.pool_json(pool))
+    return encoded
 
 
-def _prompt_rules(config: Any, learner: Learner) -> EncodingRules:
+def _prompt_rules(run: Run) -> EncodingRules:
     """Of the prompts that samples become: within the batch shapes, although a written definition may be long."""
-    rules = encoding_rules(config, learner.tokenizer, learner.model.padding_side)
-    longest = max(source for source, _ in learner.stream.buckets)
+    rules = encoding_rules(run.config, run.tokenizer, run.model.padding_side)
+    longest = max(source for source, _ in run.stream.buckets)
     return dataclasses.replace(rules, max_source_length=min(rules.max_source_length, longest))
 
 
-def _train(
-    config: Any, generator: Generator, frozen: Frozen, task_index: int, folder: Path, log: RunLog, console: Console
-) -> Trainable:
-    writer = generator.writer
-    fresh = writer.open_task(config.seed, task_index, frozen.base, None)
-    return fit(generator.config, writer, frozen, fresh, task_index, folder / "generator", log, "generator", console)
+def _train(writer: Writer, blank: Frozen, task_index: int) -> Trainable:
+    run = writer.run
+
+    def begin() -> Trainable:
+        return run.programs.begin_task(blank, None, Seen(), run.task(task_index))
+
+    return fit(run, blank, begin, task_index, None)
 
 
-def _collect(
-    config: Any, generator: Generator, frozen: Frozen, trained: Trainable, task_index: int, rules: EncodingRules
-) -> Collection:
-    """Draws texts from a trained generator until there are samples enough, or no more draws."""
-    writer, options = generator.writer, config.pseudo_samples.generator
-    task, rows = writer.stream.tasks[task_index], writer.layout.batch_size
-    size = pool_size(len(task.train), config.pseudo_samples.ratio, config.pseudo_samples.minimum)
+def _collect(writer: Writer, trees: Trees, task_index: int, rules: EncodingRules) -> Collection:
+    """Draws texts from a trained writer until there are samples enough, or no more draws."""
+    run, options = writer.run, writer.run.config.pseudo_samples
+    task, rows, at = run.stream.tasks[task_index], run.layout.batch_size, run.task(task_index)
+    size = pool_size(len(task.train), options.ratio, options.minimum)
     collection = Collection(size)
     cues = EncodedSplit(Ragged.from_rows([task.train.sources[0]] * rows), Ragged.from_rows([()] * rows), 0, 0)
-    batches = -(-options.draws * size // rows)
-    rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), task_index), batches)
-    for rng in rngs:
-        draw = functools.partial(generator.sample, frozen, trained, slot_index=np.int32(0), rng=rng)
-        (tokens,) = map_sources(lambda *source, draw=draw: (draw(*source),), cues, writer.layout)
+    batches = -(-options.writer.draws * size // rows)
+    for number in range(batches):
+        key = state.rng(run.config.seed, "written samples", task_index, number)
+
+        def draw(source: jax.Array, mask: jax.Array, key: jax.Array = key) -> tuple[jax.Array, ...]:
+            return (writer.sample(*trees, source, mask, at, key),)
+
+        (tokens,) = map_sources(draw, cues, run.layout)
         for row in tokens:
-            collection.add(_judge(row, writer.tokenizer, task.task, rules, options.answers))
+            collection.add(_judge(run, row, task.task, rules))
         if collection.full:
             return collection
     logging.getLogger(__name__).warning(
-        "%s: the generator wrote %d of %d samples wanted in %d texts; the others were rejected (%s). In a new run, "
-        "raise config.pseudo_samples.generator.steps, max_length or draws.",
+        "%s: the writer wrote %d of %d samples wanted in %d texts; the others were rejected (%s). In a new run, "
+        "raise config.pseudo_samples.writer.steps, max_length or draws.",
         task.name,
         len(collection.samples),
         size,
@@ -211,45 +198,41 @@ def _collect(
     return collection
 
 
-def _judge(
-    row: np.ndarray, tokenizer: Tokenizer, task: Task, rules: EncodingRules, answers: bool
-) -> written_samples.Sample | str:
+def _judge(run: Run, row: np.ndarray, task: Task, rules: EncodingRules) -> written_samples.Sample | str:
     """The sample in a row of drawn ids, or the reason why there is none."""
-    ends = np.flatnonzero(row == tokenizer.eos_id)
+    ends = np.flatnonzero(row == run.tokenizer.eos_id)
     if not ends.size:
         return "no end"
-    sample = written_samples.read_sample(tokenizer.decode(row[: ends[0]]), answers)
+    answers = run.config.pseudo_samples.writer.answers
+    sample = written_samples.read_sample(run.tokenizer.decode(row[: ends[0]]), answers)
     if isinstance(sample, str):
         return sample
-    _, cut = encode_prompt(make_prompt(task.prompt, sample.definition, sample.input), tokenizer, rules)
+    _, cut = encode_prompt(make_prompt(task.prompt, sample.definition, sample.input), run.tokenizer, rules)
     return "too long" if cut else sample
 
 
-def _attention_gap(
-    learner: Learner, frozen: Frozen, trainable: Trainable, task_index: int, pool: EncodedSplit
-) -> dict[str, float]:
-    """Mean KL in nats of the recorded attention of the task from that of its samples, and from that of its real inputs.
+def _attention_gap(run: Run, trees: Trees, task_index: int, pool: EncodedSplit) -> dict[str, float]:
+    """Mean KL in nats of the task's mean attention from that of its samples, and from that of its real inputs.
 
     The first is what the reflection loss starts from; the second is how far single inputs lie from their own mean.
     """
-    task, slot = learner.stream.tasks[task_index], learner.method.slot_index(task_index)
-    target = np.asarray(frozen.targets)[slot]
+    task, at = run.stream.tasks[task_index], run.task(task_index)
+    real = mixture_weights(run, trees, task.dev if len(task.dev) else task.train, at)
+    target = real.mean(axis=0)
     kept = target > 0
 
-    def mean_kl(split: EncodedSplit) -> float:
-        if not len(split):
-            return float("nan")
-        weights = learner.attention(frozen, trainable, split, slot)[:, kept]
-        return float(np.mean(np.sum(target[kept] * (np.log(target[kept]) - np.log(weights)), axis=1)))
+    def mean_kl(weights: np.ndarray) -> float:
+        return float(np.mean(np.sum(target[kept] * (np.log(target[kept]) - np.log(weights[:, kept])), axis=1)))
 
-    return {"attention_kl": mean_kl(pool), "real_attention_kl": mean_kl(task.dev if len(task.dev) else task.train)}
+    gap = mean_kl(mixture_weights(run, trees, pool, at)) if len(pool) else float("nan")
+    return {"attention_kl": gap, "real_attention_kl": mean_kl(real)}
 
 
 def _counts(rejected: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in sorted(rejected.items())) or "none"
 
 
-def _tell(console: Console, name: str, collection: Collection, quality: Mapping[str, float]) -> None:
+def _tell(run: Run, name: str, collection: Collection, quality: Mapping[str, float]) -> None:
     written = len(collection.samples)
     beside_real = ", ".join(
         f"{label} {quality[field]:.3g} (real {quality['real_' + field]:.3g})"
@@ -260,10 +243,10 @@ def _tell(console: Console, name: str, collection: Collection, quality: Mapping[
             ("attention KL", "attention_kl"),
         )
     )
-    console.print(
+    run.console.print(
         f"pseudo-samples of {name}: {written} of {collection.wanted}, rejected: {_counts(collection.rejected)}; "
         f"{quality['copies']:.0%} copies of training inputs, {beside_real}",
         markup=False,
     )
     for sample in collection.samples[:EXAMPLES]:
-        console.print(f"  {sample.input!r:.110}", markup=False)
+        run.console.print(f"  {sample.input!r:.110}", markup=False)

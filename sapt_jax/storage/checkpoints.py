@@ -1,27 +1,42 @@
 """Orbax checkpoints: one folder for each task.
 
     WORKDIR/tasks/00-NAME/steps/K/{latest,best,loop}   while the task trains; one step is kept
-    WORKDIR/tasks/00-NAME/committed/                   after it: bank, keys, targets and the trainable tree
+    WORKDIR/tasks/00-NAME/committed/                   after it: bank, memory, the trainable tree, and a format number
 
 Both are written beside their place and renamed, or in an object store closed with a file of their own, so that a killed
 run finds either the old or the new one.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import args as ocp_args
 
 from sapt_jax.programs import TrainState
-from sapt_jax.state import Frozen, Trainable
+from sapt_jax.state import TASKS, Frozen, Trainable, is_leaf
 from sapt_jax.storage.paths import as_path, is_remote
 
+FORMAT = 2
+_FORMAT = "['format']"
 _LAST_FILE = "commit_success.txt"
+# Names of format 1, which had SAPT's own fields in the two trees: ours -> theirs, by regular expression.
+_FORMAT_1 = (
+    (r"\['memory'\]\['keys'\]", "['keys']"),
+    (r"\['memory'\]\['reflection_targets'\]", "['targets']"),
+    (r"\['trainable'\]\.selector\['key'\]", "['trainable'].key"),
+    (r"(\['trainable'\])\.selector(\['query_projection'\]\['(?:up|down)'\])\['kernel'\]", r"\1.query_projection\2"),
+    (r"(\['trainable'\])\.selector\['query_projection'\]\['norm'\](.*)", r"\1.query_projection\2"),
+    (r"(.*\['(?:en|de)coder'\])\['layers'\](.*)", r"\1\2"),
+)
+# Of format 1 alone: what sequential LoRA kept without need.
+_LEFT_BEHIND = re.compile(r"\['(keys|targets)'\]|\['trainable'\]\.(key|query_projection.*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +114,9 @@ class TaskCheckpoints:
     def restore(self, state: TrainState) -> tuple[TrainState, Trainable, Loop] | None:
         """The saved (state, best, loop) in the shapes and shardings of `state`, or None where nothing was saved.
 
+        Args:
+          state: arrays, or what stands for them.
+
         Raises:
           ValueError: lists every array that is missing, unexpected or of another shape or dtype.
         """
@@ -107,8 +125,13 @@ class TaskCheckpoints:
             return None
         where = self._folder / str(step)
         latest, best = abstract_like(state), abstract_like(state.trainable)
-        _check(where / "latest", latest)
-        _check(where / "best", best)
+        if any(name.startswith(".trainable.key") for name in _stored(where / "latest")):
+            raise ValueError(
+                f"{where} was left in the middle of a task by an older version of sapt_jax, and this one cannot go on "
+                f"from there: delete {self._folder}, and the task starts anew. Tasks that it finished are kept."
+            )
+        _check(where / "latest", _plain(latest))
+        _check(where / "best", _plain(best))
         restored = self._manager.restore(
             step,
             args=ocp_args.Composite(
@@ -131,7 +154,7 @@ class TaskCheckpoints:
 
 def committed(frozen: Frozen, trainable: Trainable) -> dict[str, Any]:
     """What a committed task's checkpoint holds: all but the pretrained model, and but what the config says."""
-    return {"bank": frozen.bank, "keys": frozen.keys, "targets": frozen.targets, "trainable": trainable}
+    return {"bank": frozen.bank, "memory": frozen.memory, "trainable": trainable}
 
 
 def latest_step(folder: Path) -> int:
@@ -145,33 +168,69 @@ def has_committed(folder: Path) -> bool:
     return _is_finished(as_path(folder) / "committed")
 
 
-def saved_capacity(folder: Path) -> int:
-    """The number of slots in the bank that a committed task's checkpoint holds."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(_absolute(folder) / "committed").item_metadata.tree
-    return tree["['keys']"].shape[0]
+def saved_capacity(folder: Path, declared: Frozen) -> int:
+    """The number of slots in the bank that a committed task's checkpoint holds.
+
+    Args:
+      declared: the frozen tree's leaves, at any capacity.
+    """
+    path, leaf = jax.tree_util.tree_leaves_with_path({"bank": declared.bank}, is_leaf=is_leaf)[0]
+    found = _stored(_absolute(folder) / "committed")
+    name = jax.tree_util.keystr(path)
+    return found[name if name in found else _name_in_format_1(name)].shape[leaf.axes.index(TASKS)]
 
 
 def save_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> None:
     """Saves the state after a task; returns when it is on disk."""
     where = _absolute(folder) / "committed"
     with ocp.StandardCheckpointer(temporary_path_class=_way_of_finishing(where)) as checkpointer:
-        checkpointer.save(where, _plain(committed(frozen, trainable)))
+        checkpointer.save(where, _plain(committed(frozen, trainable)) | {_FORMAT: jnp.asarray(FORMAT, jnp.int32)})
 
 
 def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
     """Restores the state after a task into the shapes and shardings of the given trees.
 
     Raises:
-      ValueError: lists every array that is missing, unexpected or of another shape or dtype.
+      ValueError: lists every array that is missing, unexpected or of another shape or dtype; or another version wrote
+        the checkpoint.
     """
     where = _absolute(folder) / "committed"
     wanted = abstract_like(committed(frozen, trainable))
-    _check(where, wanted)
+    stored = _stored(where)
+    plain = _plain(wanted)
+    # What each array is called in the checkpoint.
+    names = {name: name if _FORMAT in stored else _name_in_format_1(name) for name in plain}
+    targets = {names[name]: target for name, target in plain.items()}
+    extra = {name: target for name, target in stored.items() if name not in targets and _is_known(name, stored)}
+    _check(where, targets, ignore=extra)
+    others = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_any_sharding(plain)) for name, x in extra.items()}
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = _like(wanted, checkpointer.restore(where, _plain(wanted)))
-    frozen = frozen.replace(bank=tree["bank"], keys=tree["keys"], targets=tree["targets"])
-    return frozen, tree["trainable"]
+        found = checkpointer.restore(where, targets | others)
+    written = int(found[_FORMAT]) if _FORMAT in found else 1
+    if written > FORMAT:
+        raise ValueError(
+            f"{where} was written in format {written}, this version of sapt_jax reads up to {FORMAT}: take a newer one."
+        )
+    tree = _like(wanted, {name: found[names[name]] for name in plain})
+    return frozen.replace(bank=tree["bank"], memory=tree["memory"]), tree["trainable"]
+
+
+def _name_in_format_1(name: str) -> str:
+    for ours, theirs in _FORMAT_1:
+        if re.fullmatch(ours, name):
+            name = re.sub(ours, theirs, name)
+    return name
+
+
+def _is_known(name: str, stored: dict[str, Any]) -> bool:
+    """Whether an array that this run has no use for may be in a checkpoint."""
+    return name == _FORMAT or (_FORMAT not in stored and _LEFT_BEHIND.fullmatch(name) is not None)
+
+
+def _any_sharding(plain: dict[str, Any]) -> Any:
+    mesh = next(iter(plain.values())).sharding
+    whole = getattr(mesh, "mesh", None)
+    return mesh if whole is None else jax.sharding.NamedSharding(whole, jax.sharding.PartitionSpec())
 
 
 def _absolute(folder: str | Path) -> epath.Path:
@@ -197,10 +256,13 @@ def _like(tree: Any, plain: dict[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: plain[jax.tree_util.keystr(path)], tree)
 
 
-def _check(where: Path, wanted: Any) -> None:
+def _stored(where: Path) -> dict[str, Any]:
     with ocp.StandardCheckpointer() as checkpointer:
-        found = dict(checkpointer.metadata(where).item_metadata.tree)
-    expected = _plain(wanted)
+        return dict(checkpointer.metadata(where).item_metadata.tree)
+
+
+def _check(where: Path, expected: dict[str, Any], ignore: Collection[str] = ()) -> None:
+    found = {name: x for name, x in _stored(where).items() if name not in ignore}
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"unexpected: {name}" for name in found if name not in expected]
     for name in expected.keys() & found.keys():

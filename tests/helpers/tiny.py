@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import common
-from sapt_jax.methods import Sapt
+from sapt_jax.config import default_config
+from sapt_jax.methods import METHODS, Method
 from sapt_jax.pet import Lora
 
 TASKS = {
@@ -34,27 +34,15 @@ def write_tasks(folder: Path, tasks: Sequence[str] = ORDER, train: int = 20, tes
     return folder
 
 
-def tiny_method(kind: type = Sapt, **fields: Any) -> Sapt:
-    """A method with the paper's choices at a tiny size; `fields` are those that a test cares for."""
-    defaults = {
-        "pet": Lora(rank=2, alpha=8.0, stop_gradient_through_bank=False),
-        "query_hidden": 6,
-        "query_init_std": None,
-        "temperature": 1.0,
-        "pool_padding": False,
-        "learning": "attention",
-        "selection": "attention",
-        "kl_ratio": 1.0,
-        "reflection_batch": 2,
-        "warm_start_steps": 0,
-        "warm_start_learning_rate": 1e-2,
-    }
-    return kind(**{**defaults, **fields})
+def tiny_method(name: str = "sapt", **fields: Any) -> Method:
+    """A method of the registry at a tiny size; `fields` are those that a test cares for."""
+    sizes = {"sapt": {"query_hidden": 6, "kl_ratio": 1.0, "reflection_batch": 2, "warm_start_learning_rate": 1e-2}}
+    return METHODS[name](**{"pet": Lora(rank=2, alpha=8.0), **sizes.get(name, {}), **fields})
 
 
 def tiny_config(data_dir: str | Path, **overrides: Any) -> ConfigDict:
     """A tiny run over the tasks in `data_dir`; overrides are `**{"train.epochs": 2}`, as on the command line."""
-    c = common.get_config()
+    c = default_config()
     c.benchmark = "own"
     c.data_dir = str(data_dir)
     c.task_order = ",".join(ORDER)
@@ -62,9 +50,9 @@ def tiny_config(data_dir: str | Path, **overrides: Any) -> ConfigDict:
     c.model.tokenizer = "bytes"
     c.model.dtype = c.model.param_dtype = "float32"
     c.pet.rank = 2
-    c.attention.query_hidden = 8
+    c.sapt.query_hidden = 8
     c.pseudo_samples.source = "train"
-    c.pseudo_samples.batch_size = 4
+    c.sapt.reflection_batch = 4
     c.data.max_source_length = 48
     c.data.max_target_length = 16
     c.data.dev_size = 4

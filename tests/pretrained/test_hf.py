@@ -219,7 +219,7 @@ def test_all_mismatches_are_listed_in_one_error(tmp_path):
 def test_weights_go_straight_into_their_shardings_and_each_shard_reads_only_its_part():
     """Loading needs several devices, so it runs on the 4 virtual ones of a fresh interpreter."""
     root = REPOSITORY
-    code = "from tests.test_convert_hf import check_sharded_loading; check_sharded_loading()"
+    code = "from tests.pretrained.test_hf import check_sharded_loading; check_sharded_loading()"
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -133,8 +133,8 @@ def open_prepared(dataset: str, *, root: Path) -> Any:
     versions = [path for path in folder.glob("*") if (path / "dataset_info.json").is_file() and path.name[0].isdigit()]
     if not versions:
         raise FileNotFoundError(
-            f"{folder}: no prepared dataset there. Prepare it with `python -m sapt_jax.data.sources.tfds_builders` (the "
-            f"benchmarks) or `tfds build {dataset} --file_format=array_record` (public datasets)."
+            f"{folder}: no prepared dataset there. Prepare it with `python -m sapt_jax.data.sources.tfds_builders` "
+            f"(the benchmarks) or `tfds build {dataset} --file_format=array_record` (public datasets)."
         )
     newest = max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
     builder = tfds.builder_from_directory(str(newest))

@@ -1,0 +1,76 @@
+"""Answers to the inputs of a split, and the score that they get."""
+
+import jax
+import numpy as np
+from etils import epath
+
+from sapt_jax.data.encoding import EncodedSplit
+from sapt_jax.data.stream import EncodedTask
+from sapt_jax.passes import decode_texts, map_sources
+from sapt_jax.results import metrics, predictions
+from sapt_jax.run import Run
+from sapt_jax.state import Frozen, Task, Trainable
+from sapt_jax.storage import preemption
+
+Trees = tuple[Frozen, Trainable]
+
+
+def predict(run: Run, trees: Trees, split: EncodedSplit, task: Task) -> tuple[tuple[str, ...], np.ndarray]:
+    """Answers to a split's inputs, and the weights [n, T] that each was found with."""
+
+    def generate(source: jax.Array, source_mask: jax.Array) -> tuple[jax.Array, ...]:
+        return run.programs.generate(*trees, source, source_mask, task)
+
+    tokens, weights = map_sources(generate, split, run.layout)
+    return decode_texts(tokens, run.tokenizer), weights
+
+
+def mixture_weights(run: Run, trees: Trees, split: EncodedSplit, task: Task) -> np.ndarray:
+    """The weights [n, T] that blocks are mixed with at test time for a split's inputs."""
+
+    def weights(source: jax.Array, source_mask: jax.Array) -> tuple[jax.Array, ...]:
+        return (run.programs.weights(*trees, source, source_mask, task),)
+
+    return map_sources(weights, split, run.layout)[0]
+
+
+def dev_score(run: Run, trees: Trees, task: EncodedTask, at: Task) -> float:
+    """The score on a task's dev split."""
+    texts, _ = predict(run, trees, task.dev, at)
+    config = run.config
+    return metrics.score_task(
+        texts, task.task.dev, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
+    )
+
+
+def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: int) -> float:
+    """The score on task `tested` after training `task_index`, from its predictions file where there is one.
+
+    Unseen tasks are counted on after the last task.
+
+    Raises:
+      PreemptedError: the run was asked to stop; what was tested before is kept.
+    """
+    tasks, config = run.stream.tasks + run.stream.unseen, run.config
+    names = [task.name for task in tasks]
+    if preemption.requested():
+        raise preemption.PreemptedError(f"before the test of {names[tested]} after task {names[task_index]}")
+    file = predictions.predictions_file(results, names, task_index, tested)
+    if file.is_file():
+        return float(np.mean(predictions.read_predictions_scores(file)))
+    task = tasks[tested]
+    texts, weights = predict(run, trees, task.test, run.task(task_index, tested=min(tested, len(run.stream.tasks) - 1)))
+    scores = metrics.score_instances(
+        texts, task.task.test, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
+    )
+    predictions.write_predictions(
+        results,
+        task_order=names,
+        task_index=task_index,
+        tested_index=tested,
+        instances=task.task.test,
+        predictions=texts,
+        scores=scores,
+        attention_weights=weights,
+    )
+    return float(scores.mean())

@@ -1,0 +1,54 @@
+"""The pools of pseudo-samples that a run has so far, and what a method sees of them."""
+
+import jax
+import numpy as np
+
+from sapt_jax import sharding
+from sapt_jax.data.encoding import EncodedSplit
+from sapt_jax.data.stream import Stream
+from sapt_jax.methods.base import Samples
+from sapt_jax.passes import map_sources
+from sapt_jax.pseudo_samples.read import pool_size
+from sapt_jax.run import Run
+from sapt_jax.state import Tree
+
+# By task index; the pool of a task that has none yet is not there.
+Pools = dict[int, EncodedSplit]
+
+
+def of_stream(stream: Stream) -> Pools:
+    """The pools that are there before a run begins."""
+    return {index: task.pseudo for index, task in enumerate(stream.tasks) if task.pseudo is not None}
+
+
+def samples(run: Run, base: Tree, pools: Pools, num_tasks: int) -> Samples | None:
+    """The features of the first tasks' pseudo-samples, each in its slot's row; None where the method wants none."""
+    if run.method.samples is None:
+        return None
+
+    def features(pool: EncodedSplit) -> np.ndarray:
+        def of_batch(source: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+            return (run.programs.features(base, source, mask),)
+
+        return map_sources(of_batch, pool, run.layout)[0]
+
+    found = {run.method.slot_index(index): features(pools[index]) for index in range(num_tasks) if index in pools}
+    width = jax.eval_shape(run.programs.features, base, *_one_input()).shape[-1]
+    rows = np.zeros((run.capacity, _largest(run, pools), width), np.float32)
+    counts = np.zeros((run.capacity,), np.int32)
+    for slot, own in found.items():
+        rows[slot, : len(own)], counts[slot] = own, len(own)
+    return sharding.replicate(Samples(rows, counts), run.mesh)
+
+
+def _one_input() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return jax.ShapeDtypeStruct((1, 1), np.int32), jax.ShapeDtypeStruct((1, 1), np.bool_)
+
+
+def _largest(run: Run, pools: Pools) -> int:
+    """Rows of the largest pool that the run will have, so that all tasks share one program."""
+    options = run.config.pseudo_samples
+    sizes = [len(pool) for pool in pools.values()]
+    if options.source == "generate":
+        sizes += [pool_size(len(task.train), options.ratio, options.minimum) for task in run.stream.tasks]
+    return max(sizes, default=1)
