@@ -2,7 +2,7 @@
 
 import functools
 
-import flax.linen as nn
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +12,17 @@ import torch
 import transformers
 
 from sapt_jax import pet
-from sapt_jax.methods import SeqLora
-from sapt_jax.methods.base import Pools
+from sapt_jax.config import default_config
+from sapt_jax.methods.base import Samples
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.shapes import LlamaConfig
 from sapt_jax.optimization import make_optimizer
 from sapt_jax.pretrained import llama_weights as llama_tables
 from sapt_jax.pretrained.rules import to_foreign
-from sapt_jax.programs import TaskScalars, TrainState, make_train_step
-from sapt_jax.state import Trainable, commit, init_frozen
+from sapt_jax.programs import TrainState, make_apply, make_train_step
+from sapt_jax.state import Trainable
 from tests.helpers.tiny import tiny_method
+from tests.helpers.trees import at, fresh, init_base, noise, random_frozen
 
 TASKS, RANK, ALPHA, KL_RATIO = 4, 3, 6.0, 0.7
 HF_CONFIG = {
@@ -41,31 +42,17 @@ HF_CONFIG = {
 CONFIG = LlamaConfig(50, 24, 2, 4, 2, 6, 40, 1e-6, 10000.0, (), 64, True)
 SGD = optax.sgd(1.0)
 MODEL = Llama(CONFIG, jnp.float32, "none")
-LORA = pet.Lora(RANK, ALPHA, stop_gradient_through_bank=False)
-PROMPT = pet.Prompt(prompt_length=4)
+LORA = pet.Lora(RANK, ALPHA)
+PROMPT = pet.Prompt(length=4)
 FIELDS = {"pet": LORA, "kl_ratio": KL_RATIO, "query_hidden": 7}
 METHOD = tiny_method(**FIELDS)
 
 
 def make_state(seed, method=METHOD, tasks=TASKS):
     """Random frozen and trainable trees: every block non-zero, so that every gradient path carries something."""
-    rng = np.random.default_rng(seed)
-    ids = jnp.zeros((1, 2), jnp.int32)
-    base = nn.meta.unbox(MODEL.init(jax.random.key(seed), ids, ids == 0, ids, ids == 0))["params"]
-    noise = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32)  # noqa: E731
-    frozen = init_frozen(base, method.pet, MODEL.pet_sites(CONFIG), CONFIG.d_model, tasks)
-    targets = np.tril(rng.random((tasks, tasks)) + 0.1)
-    targets /= targets.sum(axis=1, keepdims=True)
-    frozen = frozen.replace(
-        bank=jax.tree.map(noise, frozen.bank), keys=noise(frozen.keys), targets=jnp.asarray(targets, jnp.float32)
-    )
-    trainable = open_task(method, seed + 1, base, None)
-    return frozen, trainable.replace(slot=jax.tree.map(noise, trainable.slot))
-
-
-def open_task(method, seed, base, previous):
-    table = base["token_embedder"]["embedding"]
-    return method.open_task(jax.random.key(seed), MODEL.pet_sites(CONFIG), table, previous)
+    base = init_base(MODEL, seed)
+    trainable = fresh(method, MODEL, base, seed + 1)
+    return random_frozen(method, MODEL, base, tasks, seed), trainable.replace(slot=noise(seed + 40, trainable.slot))
 
 
 def make_batch(seed, rows=6, source=9, target=5):
@@ -80,23 +67,21 @@ def make_batch(seed, rows=6, source=9, target=5):
     }
 
 
-def make_pools(seed, tasks=TASKS):
+def make_samples(seed, tasks=TASKS):
     """One pseudo-sample for each task, so that what the step draws is known."""
     rng = np.random.default_rng(seed)
-    pooled = rng.normal(0, 0.5, (tasks, 1, CONFIG.d_model)).astype(np.float32)
-    return Pools(jnp.asarray(pooled), jnp.ones((tasks,), jnp.int32))
-
-
-def scalars(index, slot=None, steps=10):
-    return TaskScalars(*(jnp.asarray(x, jnp.int32) for x in (index, index if slot is None else slot, steps)))
+    features = rng.normal(0, 0.5, (tasks, 1, CONFIG.d_model)).astype(np.float32)
+    return Samples(jnp.asarray(features), jnp.ones((tasks,), jnp.int32))
 
 
 @functools.cache
 def compiled_step(method, accumulation, optimizer):
-    return make_train_step(MODEL, method, optimizer, lambda step, total: 1.0, accumulation, 0, None)
+    config = default_config()
+    config.train.accumulation = accumulation
+    return jax.jit(make_train_step(config, make_apply(MODEL), method, optimizer), donate_argnums=1)
 
 
-def run_step(method, frozen, trainable, batch, pools, task_index, accumulation=1, optimizer=None):
+def run_step(method, frozen, trainable, batch, samples, task_index, accumulation=1, optimizer=None):
     """(trainable before minus after under SGD with rate 1, that is the gradient; metrics)."""
     optimizer = optimizer or SGD
     step = compiled_step(method, accumulation, optimizer)
@@ -104,11 +89,11 @@ def run_step(method, frozen, trainable, batch, pools, task_index, accumulation=1
     # The step donates what it is given.
     trainable = jax.tree.map(jnp.copy, trainable)
     state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
-    state, metrics = step(frozen, state, batch, pools, scalars(task_index))
+    state, metrics = step(frozen, state, batch, samples, at(task_index))
     return jax.tree.map(lambda x, y: x - np.array(y), before, state.trainable), metrics
 
 
-def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
+def reference(frozen, trainable, batch, samples, task_index, kind):
     """Loss, attention and gradients in float64, block by block."""
     hf = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{k: v for k, v in HF_CONFIG.items() if k != "model_type"})
@@ -121,14 +106,17 @@ def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
     def leaf(x):
         return torch.tensor(np.array(x, np.float64), requires_grad=True)
 
-    slot, key, projection = jax.tree.map(leaf, (trainable.slot, trainable.key, trainable.query_projection))
-    keys = [torch.tensor(np.array(k, np.float64)) for k in frozen.keys[:task_index]] + [key]
-    blocks = [pet.read_slot(frozen.bank, t) for t in range(task_index)]
+    slot, selector = jax.tree.map(leaf, (trainable.slot, trainable.selector))
+    key, projection = selector["key"], selector["query_projection"]
+    down, up = projection["down"]["kernel"], projection["up"]["kernel"]
+    norm = projection["norm"]["scale"], projection["norm"]["bias"]
+    keys = [torch.tensor(np.array(k, np.float64)) for k in frozen.memory["keys"][:task_index]] + [key]
+    blocks = [kind.read(frozen.bank, t) for t in range(task_index)]
     blocks = [jax.tree.map(lambda x: torch.tensor(np.array(x, np.float64)), block) for block in blocks] + [slot]
 
     def attention(pooled):
-        hidden = torch.nn.functional.silu(pooled @ projection["down"] @ projection["up"])
-        query = torch.nn.functional.layer_norm(hidden, (CONFIG.d_model,), projection["scale"], projection["bias"], 1e-5)
+        hidden = torch.nn.functional.silu(pooled @ down @ up)
+        query = torch.nn.functional.layer_norm(hidden, (CONFIG.d_model,), *norm, 1e-5)
         scores = torch.stack([(query * k).sum(-1) / CONFIG.d_model**0.5 for k in keys], dim=-1)
         return torch.softmax(scores, dim=-1)
 
@@ -143,8 +131,8 @@ def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
         def add_blocks(module, inputs, output, *, layer, name, a=a):
             h = inputs[0]
             for t, block in enumerate(blocks):
-                site = block["decoder"]["self_attention"][name]
-                seen = h.detach() if stop_gradient and t < task_index else h
+                site = block["decoder"]["layers"]["self_attention"][name]
+                seen = h.detach() if kind.stop_gradient_through_bank and t < task_index else h
                 output = output + a[t] * (ALPHA / RANK) * (seen @ site["a"][layer]) @ site["b"][layer]
             return output
 
@@ -166,8 +154,8 @@ def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
     task_loss = nll / count
     reflection = 0.0
     for earlier in range(task_index):
-        g = torch.tensor(np.array(frozen.targets[earlier, : task_index + 1], np.float64))
-        now = attention(torch.tensor(np.array(pools.pooled[earlier, 0], np.float64)))
+        g = torch.tensor(np.array(frozen.memory["reflection_targets"][earlier, : task_index + 1], np.float64))
+        now = attention(torch.tensor(np.array(samples.features[earlier, 0], np.float64)))
         reflection = reflection + sum(
             g[j] * (torch.log(g[j]) - torch.log(now[j])) for j in range(task_index + 1) if g[j] > 0
         )
@@ -175,7 +163,7 @@ def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
     loss.backward()
     loss, reflection = loss.detach(), torch.as_tensor(reflection).detach()
     zero = lambda x: np.zeros(x.shape) if x.grad is None else x.grad.numpy()  # noqa: E731
-    gradient = Trainable(jax.tree.map(zero, slot), zero(key), jax.tree.map(zero, projection))
+    gradient = Trainable(jax.tree.map(zero, slot), jax.tree.map(zero, selector))
     return float(loss), float(reflection), mean_attention.detach().numpy(), gradient
 
 
@@ -185,12 +173,11 @@ def reference(frozen, trainable, batch, pools, task_index, stop_gradient):
 )
 def test_step_equals_the_written_out_reference(task_index, kind):
     method = tiny_method(**{**FIELDS, "pet": kind})
-    stop_gradient = kind is not PROMPT and kind.stop_gradient_through_bank
     frozen, trainable = make_state(task_index, method)
-    batch, pools = make_batch(10 + task_index), make_pools(20 + task_index)
-    expected = reference(frozen, trainable, batch, pools, task_index, stop_gradient)
+    batch, samples = make_batch(10 + task_index), make_samples(20 + task_index)
+    expected = reference(frozen, trainable, batch, samples, task_index, kind)
     loss, reflection, attention, gradient = expected
-    found, metrics = run_step(method, frozen, trainable, batch, pools, task_index)
+    found, metrics = run_step(method, frozen, trainable, batch, samples, task_index)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
     np.testing.assert_allclose(metrics["reflection_loss"], reflection, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(metrics["attention"][: task_index + 1], attention, atol=1e-6)
@@ -202,42 +189,41 @@ def test_step_equals_the_written_out_reference(task_index, kind):
 
 def test_first_task_is_plain_lora():
     frozen, trainable = make_state(5)
-    gradient, metrics = run_step(METHOD, frozen, trainable, make_batch(6), make_pools(7), 0)
+    gradient, metrics = run_step(METHOD, frozen, trainable, make_batch(6), make_samples(7), 0)
     assert metrics["attention"].tolist() == [1.0, 0.0, 0.0, 0.0]
-    assert not any(np.any(x) for x in jax.tree.leaves((gradient.key, gradient.query_projection)))
+    assert not any(np.any(x) for x in jax.tree.leaves(gradient.selector))
     assert all(np.any(x) for x in jax.tree.leaves(gradient.slot))
 
 
 def test_only_the_trainable_tree_changes():
     frozen, trainable = make_state(8)
     before = jax.tree.map(np.array, frozen)
-    optimizer = make_optimizer(1e-2, None, None, 0.9, 0.999, 1e-8, 0.0, 1.0)
-    gradient, _ = run_step(METHOD, frozen, trainable, make_batch(9), make_pools(9), 2, optimizer=optimizer)
+    optimizer = make_optimizer("adamw", {}, 1e-2, ((".*", 1.0),), 1.0)
+    gradient, _ = run_step(METHOD, frozen, trainable, make_batch(9), make_samples(9), 2, optimizer=optimizer)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, frozen))
     assert all(np.any(x) for x in jax.tree.leaves(gradient))
 
 
 def test_later_slots_do_not_matter():
     frozen, trainable = make_state(11)
-    batch, pools = make_batch(12), make_pools(13)
-    first, _ = run_step(METHOD, frozen, trainable, batch, pools, 1)
+    batch, samples = make_batch(12), make_samples(13)
+    first, _ = run_step(METHOD, frozen, trainable, batch, samples, 1)
     scrambled = frozen.replace(
         bank=jax.tree_util.tree_map_with_path(
             lambda path, x: x.at[:, :, 2:].set(9.0) if path[-1].key == "a" else x.at[:, 2:].set(9.0), frozen.bank
         ),
-        keys=frozen.keys.at[2:].set(9.0),
-        targets=frozen.targets.at[2:].set(9.0),
+        memory=jax.tree.map(lambda x: x.at[2:].set(9.0), frozen.memory),
     )
-    second, _ = run_step(METHOD, scrambled, trainable, batch, pools, 1)
+    second, _ = run_step(METHOD, scrambled, trainable, batch, samples, 1)
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @pytest.mark.parametrize("accumulation", [2, 3])
 def test_accumulation_is_one_batch(accumulation):
     frozen, trainable = make_state(14)
-    batch, pools = make_batch(15), make_pools(16)
-    whole, expected = run_step(METHOD, frozen, trainable, batch, pools, 2)
-    parts, found = run_step(METHOD, frozen, trainable, batch, pools, 2, accumulation)
+    batch, samples = make_batch(15), make_samples(16)
+    whole, expected = run_step(METHOD, frozen, trainable, batch, samples, 2)
+    parts, found = run_step(METHOD, frozen, trainable, batch, samples, 2, accumulation)
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
     np.testing.assert_allclose(found["attention"], expected["attention"], rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), parts, whole)
@@ -245,45 +231,69 @@ def test_accumulation_is_one_batch(accumulation):
 
 def test_filler_rows_do_not_count():
     frozen, trainable = make_state(17)
-    batch, pools = make_batch(18), make_pools(19)
+    batch, samples = make_batch(18), make_samples(19)
     padded = {k: np.concatenate([v, np.zeros((2, v.shape[1]), v.dtype)]) for k, v in batch.items()}
-    first, expected = run_step(METHOD, frozen, trainable, batch, pools, 2)
-    second, found = run_step(METHOD, frozen, trainable, padded, pools, 2)
+    first, expected = run_step(METHOD, frozen, trainable, batch, samples, 2)
+    second, found = run_step(METHOD, frozen, trainable, padded, samples, 2)
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
     np.testing.assert_allclose(found["attention"], expected["attention"], rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), second, first)
 
 
-def test_one_compile_for_five_tasks():
-    traces = []
-    method = tiny_method(**FIELDS)
-    optimizer = make_optimizer(1e-2, 1e-3, None, 0.9, 0.999, 1e-8, 0.0, 1.0)
-
-    def schedule(step, total):
-        traces.append(1)
-        return (step + 1) / total
-
-    step = make_train_step(MODEL, method, optimizer, schedule, 1, 0, None)
-    frozen, trainable = make_state(21, tasks=5)
-    committing = jax.jit(commit)
-    for task in range(5):
-        trainable = open_task(method, task, frozen.base, trainable)
+def test_one_trace_for_five_tasks():
+    chex.clear_trace_counter()
+    method, tasks = tiny_method(**FIELDS), 5
+    optimizer = make_optimizer("adamw", {}, 1e-2, (("selector/.*", 0.1), (".*", 1.0)), 1.0)
+    config = default_config()
+    step = make_train_step(config, make_apply(MODEL), method, optimizer)
+    step = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=1)
+    end_task = jax.jit(chex.assert_max_traces(method.end_task, n=1))
+    frozen, trainable = make_state(21, tasks=tasks)
+    for task in range(tasks):
+        trainable = fresh(method, MODEL, frozen.base, task, previous=trainable)
         state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
         for number in range(2):
             batch = make_batch(task * 2 + number)
-            state, _ = step(frozen, state, batch, make_pools(task, 5), scalars(task, steps=10 + task))
+            state, _ = step(frozen, state, batch, make_samples(task, tasks), at(task, steps=10 + task))
         trainable = state.trainable
-        frozen = committing(frozen, trainable, frozen.targets[task], task)
-    assert len(traces) == 1
+        frozen = end_task(frozen, trainable, frozen.memory["reflection_targets"][task], at(task))
     assert step._cache_size() == 1
 
 
-def test_sequential_lora_has_no_attention_and_keeps_its_block():
-    method = tiny_method(SeqLora, **FIELDS)
+def test_a_hook_that_a_method_does_not_have_is_no_part_of_the_step():
+    """Sequential LoRA has no penalty, no memory and no attention to learn; its block goes on."""
+    method = tiny_method("sequential", pet=LORA)
     frozen, trainable = make_state(22, method, tasks=1)
-    gradient, metrics = run_step(method, frozen, trainable, make_batch(23), make_pools(24, 1), 0)
+    assert frozen.memory == {} and trainable.selector == {}
+    _, metrics = run_step(method, frozen, trainable, make_batch(23), None, 0)
     assert metrics["attention"].tolist() == [1.0]
-    assert metrics["reflection_loss"] == 0
-    assert not any(np.any(x) for x in jax.tree.leaves((gradient.key, gradient.query_projection)))
-    again = open_task(method, 0, frozen.base, trainable)
+    assert metrics.keys() == {"loss", "task_loss", "attention", "grad_norm", "tokens"}
+    again = fresh(method, MODEL, frozen.base, 0, previous=trainable)
     jax.tree.map(np.testing.assert_array_equal, again, trainable)
+
+
+def test_without_a_weight_the_reflection_loss_is_no_part_of_the_step():
+    frozen, trainable = make_state(24)
+    _, metrics = run_step(tiny_method(**{**FIELDS, "kl_ratio": 0.0}), frozen, trainable, make_batch(25), None, 2)
+    assert "reflection_loss" not in metrics
+    np.testing.assert_array_equal(metrics["loss"], metrics["task_loss"])
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(broken):
+    frozen, trainable = make_state(26)
+    samples = make_samples(27)
+    if broken == "loss":
+        trainable = trainable.replace(slot=jax.tree.map(lambda x: x.at[0].set(jnp.inf), trainable.slot))
+    else:
+        # The loss does not see what is not finite, since these keys take no part; the gradient of a product does.
+        samples = samples.replace(features=samples.features.at[0].set(jnp.inf))
+    before = jax.tree.map(np.array, trainable)
+    optimizer = make_optimizer("adamw", {}, 1e-2, ((".*", 1.0),), 1.0)
+    state = TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+    opened = jax.tree.map(np.array, state.opt_state)
+    state, metrics = compiled_step(METHOD, 1, optimizer)(frozen, state, make_batch(28), samples, at(2))
+    assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, before)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, opened)
+    assert state.step == 1
