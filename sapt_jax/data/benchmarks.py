@@ -129,19 +129,11 @@ def _from_demo(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed)
     return demo.load_demo_task(name, seed=seed, data_dir=data_dir or None)
 
 
-def _tfds_module(name: str):
-    # Imported on use: TFDS is optional.
-    try:
-        return importlib.import_module(f"sapt_jax.data.sources.{name}")
-    except ImportError as error:
-        raise ValueError(
-            f"the TFDS sources need a package that is missing ({error}). Install them with: "
-            f"pip install tensorflow-datasets importlib_resources"
-        ) from error
-
-
 def _from_tfds(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed) -> Task:
-    return _tfds_module("tfds_builders").read_prepared(
+    # Imported on use: TFDS takes seconds.
+    from sapt_jax.data.sources import tfds_builders
+
+    return tfds_builders.read_prepared(
         name,
         root=resolve_data_dir(data_dir),
         folder=benchmark.folder,
@@ -151,7 +143,10 @@ def _from_tfds(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed)
 
 
 def _from_tfds_public(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed) -> Task:
-    return _tfds_module("tfds_public").read_public_task(
+    # Imported on use: TFDS takes seconds.
+    from sapt_jax.data.sources import tfds_public
+
+    return tfds_public.read_public_task(
         name, root=resolve_data_dir(data_dir), on_bad_instance=on_bad_instance, seed=seed
     )
 

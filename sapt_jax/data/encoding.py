@@ -5,7 +5,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sapt_jax.data.prompts import EncodingRules, Tokenizer, choose_reference, encode_answer, encode_prompt, make_prompt
+from sapt_jax.data.prompts import (
+    EncodingRules,
+    Tokenizer,
+    choose_reference,
+    encode_answer,
+    encode_chat,
+    encode_prompt,
+    make_prompt,
+)
 from sapt_jax.data.task import Instance
 
 
@@ -66,13 +74,17 @@ def encode_split(
 ) -> EncodedSplit:
     """Tokenises instances in order; row i of the result is `instances[i]`.
 
+    A chat is written in the tokenizer's own template where it has one, any other input in `template`.
     `seed` is used by `references="random"` alone. Errors name the instance's id.
     """
     sources, targets = [], []
     cut_sources = cut_targets = 0
     for instance in instances:
         try:
-            source, cut = encode_prompt(make_prompt(template, definition, instance.input), tokenizer, rules)
+            if instance.chat and tokenizer.has_chat_template:
+                source, cut = encode_chat(definition, instance.chat, tokenizer, rules)
+            else:
+                source, cut = encode_prompt(make_prompt(template, definition, instance.input), tokenizer, rules)
             cut_sources += cut
             answer = choose_reference(instance, rules.references, seed)
             target, cut = encode_answer(answer, tokenizer, rules)

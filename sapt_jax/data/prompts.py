@@ -6,7 +6,7 @@ input.
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,12 +25,15 @@ class Prompt(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What this module asks of a tokenizer."""
+    """What this module asks of a tokenizer; `pretrained.tokenizer.Tokenizer` says what each is."""
 
     eos_id: int
     bos_id: int | None
+    has_chat_template: bool
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]: ...
 
 
 def _superni(definition: str, text: str) -> Prompt:
@@ -113,19 +116,49 @@ def _cut_middle(ids: list[int], head: int, tail: int, length: int) -> list[int]:
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, rules: EncodingRules) -> tuple[list[int], bool]:
     """Returns (token ids with special tokens, at most `max_source_length`; whether the prompt was cut)."""
+    # The prompt is tokenised as one text, and cut as ids, so that what stays has the same ids as in the whole
+    # prompt.
+    ids = tokenizer.encode("".join(prompt))
+    return _finish(ids, (prompt.head, prompt.tail), tokenizer, rules)
+
+
+def encode_chat(
+    definition: str, turns: Sequence[tuple[str, str]], tokenizer: Tokenizer, rules: EncodingRules
+) -> tuple[list[int], bool]:
+    """As `encode_prompt`, of a chat in the tokenizer's own template; the definition begins the user's first turn.
+
+    Too long a chat loses its middle, so its beginning and the template's last line stay.
+
+    Raises:
+      ValueError: from `Tokenizer.encode_chat`.
+    """
+    first = next((place for place, (role, _) in enumerate(turns) if role == "user"), 0)
+    stated = [
+        (role, f"{definition.strip()}\n\n{content}") if place == first and definition.strip() else (role, content)
+        for place, (role, content) in enumerate(turns)
+    ]
+    ids = tokenizer.encode_chat(stated)
+    # Many templates write the beginning token themselves.
+    if ids[:1] == [tokenizer.bos_id] and rules.family == "decoder_only" and rules.add_bos:
+        ids = ids[1:]
+    return _finish(ids, ("", ""), tokenizer, rules)
+
+
+def _finish(
+    ids: list[int], kept: tuple[str, str], tokenizer: Tokenizer, rules: EncodingRules
+) -> tuple[list[int], bool]:
+    """Cuts the ids of a prompt to the limit, special tokens around them; what spells `kept` at its ends goes last."""
     before = [tokenizer.bos_id] if rules.family == "decoder_only" and rules.add_bos else []
     after = [tokenizer.eos_id] if rules.family == "encoder_decoder" else []
     if None in before:
         raise ValueError("add_bos is set, but the tokenizer has no beginning token: set config.data.add_bos to False.")
-    # The prompt is tokenised as one text, and cut as ids, so that what stays has the same ids as in the whole
-    # prompt.
-    ids = tokenizer.encode("".join(prompt))
     length = rules.max_source_length - len(before) - len(after)
     cut = len(ids) > length
     if cut and rules.truncation == "end":
         ids = ids[:length]
     elif cut:
-        ids = _cut_middle(ids, len(tokenizer.encode(prompt.head)), len(tokenizer.encode(prompt.tail)), length)
+        head, tail = (len(tokenizer.encode(text)) for text in kept)
+        ids = _cut_middle(ids, head, tail, length)
     return before + ids + after, cut
 
 

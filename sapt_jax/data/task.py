@@ -13,11 +13,19 @@ BAD_INSTANCE_SETTINGS = ("error", "skip_empty", "skip", "keep")
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """One example. `outputs` holds every reference answer; `id` is unique within the task."""
+    """One example.
+
+    Attributes:
+      id: unique within the task.
+      input: the text that asks.
+      outputs: every reference answer.
+      chat: the same input as turns (role, content), for models with a chat template; () where it was no chat.
+    """
 
     id: str
     input: str
     outputs: tuple[str, ...]
+    chat: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +110,7 @@ def read_instances(
 
     Args:
       entries: pairs (where, row); `where` is the file and position that an error names; a row may be an
-        Exception that its reader met, which counts as a fault of that row.
+        Exception that its reader met, which counts as a fault of that row, and may hold a tuple `chat`.
       prefix: ids of rows without an "id" are `{prefix}-{row number}`.
       on_bad_instance: "error" raises ValueError at the first faulty row; "skip" leaves faulty rows out;
         "skip_empty" leaves rows with an empty input or output out, and raises at rows of the wrong form;
@@ -128,7 +136,9 @@ def read_instances(
             if on_bad_instance in ("skip_empty", "skip"):
                 continue
         identifier = str(entry.get("id") or f"{prefix}-{number}")
-        instances.append(Instance(identifier, entry["input"], _outputs(entry) or ("",)))
+        # A column of the user's own that happens to be called so is no tuple: no file format has them.
+        chat = entry.get("chat") if isinstance(entry.get("chat"), tuple) else ()
+        instances.append(Instance(identifier, entry["input"], _outputs(entry) or ("",), chat))
     return tuple(instances)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import tokenizers
 
 from sapt_jax.pretrained import gguf_vocabulary
+from sapt_jax.pretrained.tokenizer import FILES
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 
 def write(location: Path, form: str, folder: Path) -> dict[str, Any]:
@@ -29,9 +29,9 @@ def write(location: Path, form: str, folder: Path) -> dict[str, Any]:
     """
     if form == "gguf":
         return _write_vocabulary(gguf_vocabulary.read(location), folder)
-    if form != "hf" or not any((location / name).is_file() for name in _TOKENIZERS):
+    if form != "hf" or not any((location / name).is_file() for name in FILES):
         raise ValueError(f"{location} has no tokenizer")
-    for name in (*_TOKENIZERS, *_SETTINGS):
+    for name in (*FILES, *_SETTINGS):
         if (location / name).is_file():
             shutil.copyfile(location / name, folder / name)
     return {}
@@ -42,7 +42,9 @@ def _write_vocabulary(vocabulary: gguf_vocabulary.Vocabulary, folder: Path) -> d
         vocabulary.model.save(str(folder / "tokenizer.json"))
     else:
         (folder / "tokenizer.model").write_bytes(vocabulary.model.serialized_model_proto())
-    settings = {"add_bos_token": vocabulary.add_bos}
+    settings: dict[str, Any] = {"add_bos_token": vocabulary.add_bos}
+    if vocabulary.chat_template is not None:
+        settings["chat_template"] = vocabulary.chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
     names = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
     return {f"{name}_token_id": token for name, token in names.items()}

@@ -29,7 +29,7 @@ _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer from a GGUF file, and its special ids (None where the file names none)."""
+    """A tokenizer from a GGUF file, its special ids and chat template (None where the file names none)."""
 
     model: Tokenizer | sentencepiece.SentencePieceProcessor
     size: int
@@ -37,6 +37,7 @@ class Vocabulary:
     eos_id: int | None
     bos_id: int | None
     add_bos: bool
+    chat_template: str | None
 
 
 def read(file: Path) -> Vocabulary:
@@ -63,6 +64,7 @@ def read(file: Path) -> Vocabulary:
         eos_id=ids["eos"],
         bos_id=ids["bos"],
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", wants_bos and ids["bos"] is not None),
+        chat_template=metadata.get("tokenizer.chat_template"),
     )
 
 

@@ -4,8 +4,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import jinja2
 import sentencepiece
 import tokenizers
 
@@ -13,13 +14,24 @@ from sapt_jax.pretrained import gguf_vocabulary
 from sapt_jax.pretrained.hf import read_json
 from sapt_jax.pretrained.locate import resolve_path
 
-_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Those that hold a whole tokenizer. vocab.json and merges.txt do not say how text is split before merging, and
+# transformers makes up a tokenizer without a vocabulary for a folder that has none of them.
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+# LLaMA 3's templates write today's date unless told one, and prompts must not change overnight: their own default.
+_TEMPLATE_DATE = "26 Jul 2024"
 
 
 class Backend(Protocol):
     """What turns text into ids and back."""
 
+    has_chat_template: bool
+
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -44,16 +56,40 @@ class Tokenizer:
     add_bos: bool
     backend: Backend
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model says how it wants the turns of a chat to be written."""
+        return self.backend.has_chat_template
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens: one that the text spells is taken as text."""
         return self.backend.encode(text)
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        """Returns the ids of a chat in the model's own template, up to where the assistant's next turn begins.
+
+        Args:
+          turns: pairs (role, content).
+
+        Raises:
+          ValueError: the template takes no such chat, or a content spells a special token, which the template would
+            make one of.
+        """
+        return self.backend.encode_chat(turns)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids less special tokens and ids beyond the vocabulary; does not stop at eos."""
         return self.backend.decode([int(token) for token in ids])
 
 
-class SentencePieceBackend:
+class _WithoutChatTemplate:
+    has_chat_template = False
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        raise ValueError("this tokenizer has no chat template")
+
+
+class SentencePieceBackend(_WithoutChatTemplate):
     """A SentencePiece model."""
 
     def __init__(self, model: sentencepiece.SentencePieceProcessor):
@@ -68,31 +104,38 @@ class SentencePieceBackend:
         return model.decode(plain)
 
 
-class TokenizersBackend:
-    """A tokenizer of Hugging Face's tokenizers library."""
+class TransformersBackend:
+    """A fast tokenizer of transformers."""
 
-    def __init__(self, model: tokenizers.Tokenizer):
-        # Data must not be able to end a text or to start a chat turn by spelling a special token.
-        model.encode_special_tokens = True
-        model.no_padding()
-        model.no_truncation()
+    def __init__(self, model: "PreTrainedTokenizerFast"):
         self._model = model
-
-    def __setstate__(self, state: dict[str, tokenizers.Tokenizer]) -> None:
-        # Pickling a tokenizers.Tokenizer loses encode_special_tokens.
-        self.__init__(**state)
-
-    def __getstate__(self) -> dict[str, tokenizers.Tokenizer]:
-        return {"model": self._model}
+        self.has_chat_template = model.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+        # Data must not be able to end a text or to start a chat turn by spelling a special token.
+        return self._model(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        specials = [token.content for token in self._model.added_tokens_decoder.values() if token.special]
+        for role, content in turns:
+            if spelled := [token for token in specials if token in content]:
+                raise ValueError(f"the {role}'s turn spells the special token {spelled[0]!r}: take it out of the chat")
+        try:
+            text = self._model.apply_chat_template(
+                [{"role": role, "content": content} for role, content in turns],
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=_TEMPLATE_DATE,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the model's chat template takes no such chat: {error}") from error
+        return self._model(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode(list(ids), skip_special_tokens=True)
+        return self._model.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-class ByteBackend:
+class ByteBackend(_WithoutChatTemplate):
     """One id for each byte of UTF-8, after padding (0), end (1) and unknown (2): for models with random weights."""
 
     offset = 3
@@ -123,9 +166,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if location.suffix == ".gguf":
         return _from_gguf(location)
     if location.is_dir():
-        files = [location / name for name in _FILES if (location / name).is_file()]
+        files = [location / name for name in FILES if (location / name).is_file()]
         if not files:
-            raise FileNotFoundError(f"{location} has no tokenizer: looked for {', '.join(_FILES)}")
+            raise FileNotFoundError(f"{location} has no tokenizer: looked for {', '.join(FILES)}")
         location = files[0]
     if location.suffix == ".model":
         return _from_sentencepiece(location)
@@ -159,29 +202,34 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
 
 
 def _from_json(file: Path) -> Tokenizer:
+    # Imported on use: it takes seconds.
+    from transformers import PreTrainedTokenizerFast
+
     try:
-        model = tokenizers.Tokenizer.from_file(str(file))
+        vocabulary = tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     except Exception as error:
         raise ValueError(f"{file} is not a valid tokenizer.json ({error}): fetch it anew") from error
-    vocabulary = model.get_vocab(with_added_tokens=True)
+    # transformers would add an end token that the vocabulary lacks, with an id that the model does not have.
     settings = _Settings(file.parent, vocabulary)
-    bos = settings.special("bos")
-    add_bos = settings.get("add_bos_token", bos in model.encode("a", add_special_tokens=True).ids)
-    return _tokenizer(
-        file,
-        max(vocabulary.values()) + 1,
-        settings.special("pad"),
-        settings.special("eos"),
-        bos,
-        add_bos,
-        TokenizersBackend(model),
-    )
+    bos, eos, pad = (settings.special(name) for name in ("bos", "eos", "pad"))
+    # Not AutoTokenizer, which rebuilds LLaMA's and T5's from their vocabularies: texts that begin with a space then
+    # lose it.
+    model = PreTrainedTokenizerFast.from_pretrained(file.parent, tokenizer_file=str(file), local_files_only=True)
+    add_bos = settings.get("add_bos_token", bos in model("a")["input_ids"])
+    return _tokenizer(file, max(vocabulary.values()) + 1, pad, eos, bos, add_bos, TransformersBackend(model))
 
 
 def _from_gguf(file: Path) -> Tokenizer:
     vocabulary = gguf_vocabulary.read(file)
     if isinstance(vocabulary.model, tokenizers.Tokenizer):
-        backend: Backend = TokenizersBackend(vocabulary.model)
+        # Imported on use: it takes seconds.
+        from transformers import PreTrainedTokenizerFast
+
+        ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "pad_token": vocabulary.pad_id}
+        named = {name: vocabulary.model.id_to_token(i) for name, i in ids.items() if i is not None}
+        backend: Backend = TransformersBackend(
+            PreTrainedTokenizerFast(tokenizer_object=vocabulary.model, chat_template=vocabulary.chat_template, **named)
+        )
     else:
         backend = SentencePieceBackend(vocabulary.model)
     return _tokenizer(

@@ -10,6 +10,7 @@ class WordTokenizer:
     """Every white space and every run of other characters is one token; ids are given out as words come."""
 
     pad_id, bos_id, eos_id, add_bos = 0, 1, 2, True
+    has_chat_template = False
 
     def __init__(self):
         self.words = ["<pad>", "<s>", "</s>"]

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXTS = [
     "Definition: In this task, you're given a sentence. Output: ",
@@ -78,6 +78,36 @@ PRE_TOKENIZERS = {
     "smollm": byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True),
     "llama-bpe": byte_level(isolated(LLAMA3), use_regex=False),
 }
+
+
+# A chat template of the usual form, which refuses a role.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('the tool is unknown') }}{% endif %}"
+    "{{ bos_token }}{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant\n{% endif %}"
+)
+
+
+def write_llama_json(model, file):
+    """Writes a SentencePiece BPE as the tokenizer.json that LLaMA 1 and 2 were published with."""
+    ids = {model.id_to_piece(i): i for i in range(len(model))}
+    plain = {piece for piece, i in ids.items() if not (model.is_byte(i) or model.is_control(i) or model.is_unknown(i))}
+    merges = [
+        (ids[piece], piece[:cut], piece[cut:])
+        for piece in plain
+        for cut in range(1, len(piece))
+        if {piece[:cut], piece[cut:]} <= plain
+    ]
+    ordered = [(left, right) for _, left, right in sorted(merges)]
+    fast = tokenizers.Tokenizer(models.BPE(ids, ordered, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ("<unk>", "<s>", "</s>")
+    fast.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in specials])
+    fast.save(str(file))
 
 
 def bpe_fields(model, pre, **more):

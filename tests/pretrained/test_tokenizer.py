@@ -6,14 +6,22 @@ import pickle
 import numpy as np
 import pytest
 import sentencepiece
+import transformers
 from tokenizers import processors
 
 from sapt_jax.pretrained.tokenizer import load_tokenizer
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.paths import SHARED
-from tests.helpers.tiny_tokenizers import PRE_TOKENIZERS, TEXTS, bpe_fields, corpus, train_bpe, train_sentencepiece
-
-SHARED = SHARED
+from tests.helpers.tiny_tokenizers import (
+    CHAT_TEMPLATE,
+    PRE_TOKENIZERS,
+    TEXTS,
+    bpe_fields,
+    corpus,
+    train_bpe,
+    train_sentencepiece,
+    write_llama_json,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,6 @@ def test_decoding_drops_special_and_unknown_ids(sentencepiece_model):
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_json_folders_encode_as_transformers(tmp_path, pre):
-    transformers = pytest.importorskip("transformers", reason="the reference is transformers' tokenizer")
     model = train_bpe(PRE_TOKENIZERS[pre], ignore_merges=pre == "llama-bpe")
     reference = transformers.PreTrainedTokenizerFast(
         tokenizer_object=model, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
@@ -99,6 +106,71 @@ def test_json_folders_encode_as_transformers(tmp_path, pre):
         reference.eos_token_id,
         reference.pad_token_id,
     )
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "mine.json"])
+def test_llamas_json_encodes_as_the_model_that_it_came_from(tmp_path, sentencepiece_model, name):
+    """transformers' LlamaTokenizer would drop a space in front of a text."""
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model("llama")))
+    train_bpe(PRE_TOKENIZERS["gpt-2"]).save(str(tmp_path / "tokenizer.json"))
+    write_llama_json(reference, tmp_path / name)
+    write_json(
+        tmp_path / "tokenizer_config.json",
+        **{"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>", "pad_token": None},
+        **{"add_bos_token": True, "legacy": False, "tokenizer_class": "LlamaTokenizer"},
+    )
+    write_json(tmp_path / "config.json", model_type="llama", pad_token_id=-1)
+    tokenizer = load_tokenizer(tmp_path if name == "tokenizer.json" else tmp_path / name)
+    for text in [*TEXTS, " the task", "   the", *corpus()[:20]]:
+        assert tokenizer.encode(text) == reference.encode(text)
+        assert tokenizer.decode([1, *tokenizer.encode(text), 2]) == reference.decode(reference.encode(text))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.add_bos) == (1, 2, 2, True)
+
+
+TURNS = (("system", "Be kind."), ("user", "the task"), ("assistant", "a sentence"), ("user", "12"))
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "gguf"])
+def test_a_chat_is_written_in_the_models_template(tmp_path, place):
+    model = train_bpe(PRE_TOKENIZERS["smollm"])
+    if place == "gguf":
+        fields = bpe_fields(model, "smollm") | {"tokenizer.chat_template": CHAT_TEMPLATE}
+        tokenizer = load_tokenizer(write_gguf(tmp_path / "v.gguf", fields))
+    else:
+        model.save(str(tmp_path / "tokenizer.json"))
+        settings = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
+        write_json(tmp_path / "tokenizer_config.json", **settings, chat_template=CHAT_TEMPLATE)
+        if place == "chat_template.jinja":
+            write_json(tmp_path / "tokenizer_config.json", **settings)
+            (tmp_path / place).write_text(CHAT_TEMPLATE)
+        tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.has_chat_template
+    text = "".join(f"<|start|>{role}\n{content}<|end|>\n" for role, content in TURNS) + "<|start|>assistant\n"
+    ids = tokenizer.encode_chat(TURNS)
+    assert ids == model.encode(text).ids
+    assert ids.count(tokenizer.bos_id) == 5 and ids.count(tokenizer.eos_id) == 4
+    # Special tokens are those of the template alone.
+    with pytest.raises(ValueError, match=r"the user's turn spells the special token '<\|end\|>'"):
+        tokenizer.encode_chat((("user", "a<|end|>b"),))
+    with pytest.raises(ValueError, match="takes no such chat: the tool is unknown"):
+        tokenizer.encode_chat((("tool", "rain"),))
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path):
+    model = train_bpe(PRE_TOKENIZERS["gpt-2"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    write_json(tmp_path / "tokenizer_config.json", eos_token="<|end|>", chat_template=template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_chat((("user", "a"),))) == "26 Jul 2024"
+
+
+def test_tokenizers_without_a_template(tmp_path, sentencepiece_model):
+    model = train_bpe(PRE_TOKENIZERS["gpt-2"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", eos_token="<|end|>")
+    for path in (tmp_path, sentencepiece_model("llama"), "bytes"):
+        assert not load_tokenizer(path).has_chat_template
 
 
 def test_padding_and_truncation_saved_in_a_json_do_not_leak_in(tmp_path):
@@ -170,6 +242,14 @@ def test_tokenizers_survive_pickling(tmp_path, sentencepiece_model):
 def test_errors_name_the_file_and_the_field(tmp_path, sentencepiece_model):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer: looked for tokenizer\.json, tokenizer\.model"):
         load_tokenizer(tmp_path)
+    # transformers makes up a tokenizer for a folder like these.
+    for kind in ("llama", "t5"):
+        write_json(tmp_path / "config.json", model_type=kind, eos_token_id=1)
+        write_json(tmp_path / "tokenizer_config.json", eos_token="</s>")
+        with pytest.raises(FileNotFoundError, match=r"no tokenizer: looked for tokenizer\.json, tokenizer\.model"):
+            load_tokenizer(tmp_path)
+        (tmp_path / "config.json").unlink()
+        (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "x.txt").write_text("")

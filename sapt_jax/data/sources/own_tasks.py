@@ -6,7 +6,9 @@ A split is one of
   - `{split}.parquet`, `{split}-*.parquet` or `data/{split}-*.parquet`, as on the Hugging Face hub;
   - a folder `{split}` with `*.arrow` files, as `datasets.DatasetDict.save_to_disk` leaves it.
 A row has "input" and "output" (a string, or a list of references; optional "id"), or "messages", a chat of
-{"role", "content"} whose last turn, the assistant's, is the output.
+{"role", "content"} whose last turn, the assistant's, is the output. A content is a string or a list of text parts. The
+turns before are written as the tokenizer's chat template has it, where it has one (an instruction then begins the first
+turn of the user). Else one turn of the user is taken as it is, and several become lines "role: content".
 
 Optional beside the splits: `definition.txt`, the instruction put before every input, and `task.json` with any of
 {"definition": str, "metric": "rouge_l" | "exact_match", "labels": [str, ...]}.
@@ -23,6 +25,8 @@ from sapt_jax.data.sources.task_files import nearest_name
 from sapt_jax.data.task import Task, parse_json, read_instances, read_json, read_text
 
 Rows = Iterator[tuple[str, Any]]
+
+_CHAT_FORM = '"messages" must be two or more {"role", "content"}, the last of role "assistant"'
 
 
 def _jsonl_rows(file: Path) -> Rows:
@@ -102,26 +106,38 @@ def _split_rows(folder: Path, split: str) -> Rows | None:
     return next(iter(found.values()), None)
 
 
-def _from_messages(entry: Any) -> Any:
-    """Turns a chat into input and output: the last turn is the output, those before it are the input.
+def _content(turn: Any) -> str:
+    """The text of a turn; raises ValueError where it has none."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        raise ValueError(_CHAT_FORM)
+    if turn.get("tool_calls"):
+        raise ValueError('"messages" holds tool_calls, which are not read: write the call into the turn\'s content')
+    content = turn.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        whole = len(parts) == len(content) and all(isinstance(part, str) for part in parts)
+        content = "".join(parts) if whole else None
+    if not isinstance(content, str):
+        raise ValueError(f'{_CHAT_FORM}; a "content" must be a string or a list of {{"type": "text", "text": ...}}')
+    return content
 
-    One user turn is taken as it is; several turns become lines "role: content".
-    """
+
+def _from_messages(entry: Any) -> Any:
+    """Turns a chat into input and output: the last turn is the output, those before it are the input."""
     if not isinstance(entry, dict) or "messages" not in entry:
         return entry
-    turns = entry["messages"]
-    is_chat = isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
-    if not is_chat or len(turns) < 2 or turns[-1]["role"] != "assistant":
-        return ValueError('"messages" must be two or more {"role", "content"}, the last of role "assistant"')
-    *before, answer = turns
-    if len(before) == 1:
-        text = before[0]["content"]
-    else:
-        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in before)
-    return {"id": entry.get("id"), "input": text, "output": answer["content"]}
+    messages = entry["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        return ValueError(_CHAT_FORM)
+    try:
+        contents = [_content(turn) for turn in messages]
+    except ValueError as error:
+        return error
+    *before, (last, answer) = zip((turn["role"] for turn in messages), contents, strict=True)
+    if last != "assistant":
+        return ValueError(_CHAT_FORM)
+    text = before[0][1] if len(before) == 1 else "\n".join(f"{role}: {content}" for role, content in before)
+    return {"id": entry.get("id"), "input": text, "output": answer, "chat": tuple(before)}
 
 
 def read_own_task(name: str, *, root: Path, on_bad_instance: str) -> Task:

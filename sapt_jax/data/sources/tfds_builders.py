@@ -3,7 +3,7 @@
     python -m sapt_jax.data.sources.tfds_builders --benchmark=superni --source_dir=DATA --tfds_dir=DATA/tfds
 
 reads the CL_Benchmark layout under DATA and writes ArrayRecord files; `config.data_source="tfds"` then reads them
-from `{data_dir}/tfds`. Needs `pip install tensorflow-datasets importlib_resources`.
+from `{data_dir}/tfds`.
 """
 
 import sys
@@ -129,19 +129,19 @@ def open_prepared(dataset: str, *, root: Path) -> Any:
 
     Raises FileNotFoundError if it was not prepared, ValueError if it is not in the ArrayRecord format.
     """
-    folder = find_folder(root, ["tfds", ""], "TFDS data") / dataset
-    versions = [path for path in folder.glob("*") if (path / "dataset_info.json").is_file() and path.name[0].isdigit()]
-    if not versions:
+    folder = find_folder(root, ["tfds", ""], "TFDS data")
+    try:
+        builder = tfds.core.read_only_builder.builder_from_files(dataset, data_dir=str(folder))
+    except tfds.core.DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder}: no prepared dataset there. Prepare it with `python -m sapt_jax.data.sources.tfds_builders` "
-            f"(the benchmarks) or `tfds build {dataset} --file_format=array_record` (public datasets)."
-        )
-    newest = max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
-    builder = tfds.builder_from_directory(str(newest))
+            f"{folder / dataset}: no prepared dataset there. Prepare it with `python -m "
+            f"sapt_jax.data.sources.tfds_builders` (the benchmarks) or `tfds build {dataset} "
+            "--file_format=array_record` (public datasets)."
+        ) from error
     if builder.info.file_format.value != "array_record":
         raise ValueError(
-            f"{newest}: is in the {builder.info.file_format.value} format, which has no random access. Prepare it "
-            f"with --file_format=array_record."
+            f"{builder.data_path}: is in the {builder.info.file_format.value} format, which has no random access. "
+            "Prepare it with --file_format=array_record."
         )
     return builder
 

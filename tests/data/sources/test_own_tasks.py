@@ -113,6 +113,25 @@ def test_a_chat_of_several_turns_becomes_lines(tmp_path):
     (instance,) = read(tmp_path).test
     assert instance.input == "system: Be kind.\nuser: Hi\nassistant: Hello\nuser: Who?"
     assert (instance.outputs, instance.id) == (("Me",), "7")
+    assert instance.chat == tuple(turns[:-1])
+
+
+def test_text_parts_of_a_chat_are_joined(tmp_path):
+    folder = task_folder(tmp_path)
+    parts = [{"type": "text", "text": "Capital "}, {"type": "text", "text": "of Norway?"}]
+    chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Oslo"}]}
+    for split in ("train", "test"):
+        write_jsonl(folder, split, [chat])
+    (instance,) = read(tmp_path).train
+    assert (instance.input, instance.outputs) == ("Capital of Norway?", ("Oslo",))
+    assert instance.chat == (("user", "Capital of Norway?"),)
+
+
+def test_a_column_called_chat_is_none(tmp_path):
+    folder = task_folder(tmp_path)
+    for split in ("train", "test"):
+        write_jsonl(folder, split, [{"input": "a", "output": "b", "chat": [["user", "c"]]}])
+    assert read(tmp_path).train[0].chat == ()
 
 
 @pytest.mark.parametrize(
@@ -123,6 +142,17 @@ def test_a_chat_of_several_turns_becomes_lines(tmp_path):
         (b'{"input": "a"}', r"has no 'output'"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', r'"messages" must be'),
         (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', r'"messages" must be'),
+        (b'{"messages": ["a", {"role": "assistant", "content": "b"}]}', r'"messages" must be'),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [1]}, '
+            b'{"role": "assistant", "content": "b"}]}',
+            r'"messages" holds tool_calls',
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}, '
+            b'{"role": "assistant", "content": "b"}]}',
+            r'a "content" must be a string',
+        ),
         (b"[1]", r"is list, not an object"),
     ],
 )

@@ -5,12 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
-tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
-
-from sapt_jax.data.benchmarks import load_task  # noqa: E402
-from sapt_jax.data.sources.tfds_builders import PUBLISHED_SIZES, prepare  # noqa: E402
-from sapt_jax.data.sources.tfds_public import PUBLIC_TASKS  # noqa: E402
+from sapt_jax.data.benchmarks import load_task
+from sapt_jax.data.sources.tfds_builders import PUBLISHED_SIZES, prepare
+from sapt_jax.data.sources.tfds_public import PUBLIC_TASKS
 
 LOAD = dict(dev_size=0, dev_is_test=False, max_train=0, max_dev=0, max_test=0, seed=0, on_bad_instance="error")
 
