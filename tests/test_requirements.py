@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -59,6 +60,13 @@ def test_every_import_is_declared():
                 if not (ROOT / top).is_dir() and not owners & declared().keys():
                     undeclared.add((top, file.name))
     assert not undeclared
+
+
+def test_starting_a_run_imports_nothing_that_takes_seconds():
+    slow = {"nltk", "scipy.stats", "tensorflow_datasets", "torch", "transformers"}
+    code = f"import sys, sapt_jax.main; print(*{slow} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not done.stdout.split()
 
 
 def test_the_wheel_holds_one_package():

@@ -11,13 +11,15 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from sapt_jax.storage.paths import as_path, is_remote
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 class RunLog:
@@ -92,7 +94,10 @@ class RunLog:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _writer(self, task_index: int, task: str) -> SummaryWriter:
+    def _writer(self, task_index: int, task: str) -> "SummaryWriter":
+        # Imported on use: it brings PyTorch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
         name = f"{task_index:02d}-{task}"
         if name not in self._writers:
             for writer in self._writers.values():

@@ -18,11 +18,14 @@ import math
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rouge_score import rouge_scorer
 
 from sapt_jax.data.task import Instance
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 REFERENCE_CHOICES = ("best", "first", "random")
 
@@ -41,7 +44,10 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 
 @functools.cache
-def _rouge_scorer() -> rouge_scorer.RougeScorer:
+def _rouge_scorer() -> "RougeScorer":
+    # Imported on use: it brings NLTK and SciPy's statistics, which take seconds.
+    from rouge_score import rouge_scorer
+
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
