@@ -201,34 +201,44 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
     )
 
 
-def _from_json(file: Path) -> Tokenizer:
-    # Imported on use: it takes seconds.
+def _fast_tokenizer() -> "type[PreTrainedTokenizerFast]":
+    # Imported on use: it takes seconds. Without PyTorch it would warn that no model can be loaded, and none is to be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
+    return PreTrainedTokenizerFast
+
+
+def _from_json(file: Path) -> Tokenizer:
     try:
-        vocabulary = tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+        stored = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:
         raise ValueError(f"{file} is not a valid tokenizer.json ({error}): fetch it anew") from error
+    vocabulary = stored.get_vocab(with_added_tokens=True)
     # transformers would add an end token that the vocabulary lacks, with an id that the model does not have.
     settings = _Settings(file.parent, vocabulary)
     bos, eos, pad = (settings.special(name) for name in ("bos", "eos", "pad"))
     # Not AutoTokenizer, which rebuilds LLaMA's and T5's from their vocabularies: texts that begin with a space then
     # lose it.
-    model = PreTrainedTokenizerFast.from_pretrained(file.parent, tokenizer_file=str(file), local_files_only=True)
+    model = _fast_tokenizer().from_pretrained(
+        file.parent, tokenizer_file=str(file), local_files_only=True, **_names(stored, bos=bos, eos=eos, pad=pad)
+    )
     add_bos = settings.get("add_bos_token", bos in model("a")["input_ids"])
     return _tokenizer(file, max(vocabulary.values()) + 1, pad, eos, bos, add_bos, TransformersBackend(model))
+
+
+def _names(model: tokenizers.Tokenizer, **ids: int | None) -> dict[str, str]:
+    """What transformers calls the special tokens, for templates that write them."""
+    names = {f"{name}_token": model.id_to_token(i) for name, i in ids.items() if i is not None and i >= 0}
+    return {name: token for name, token in names.items() if token is not None}
 
 
 def _from_gguf(file: Path) -> Tokenizer:
     vocabulary = gguf_vocabulary.read(file)
     if isinstance(vocabulary.model, tokenizers.Tokenizer):
-        # Imported on use: it takes seconds.
-        from transformers import PreTrainedTokenizerFast
-
-        ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "pad_token": vocabulary.pad_id}
-        named = {name: vocabulary.model.id_to_token(i) for name, i in ids.items() if i is not None}
+        names = _names(vocabulary.model, bos=vocabulary.bos_id, eos=vocabulary.eos_id, pad=vocabulary.pad_id)
         backend: Backend = TransformersBackend(
-            PreTrainedTokenizerFast(tokenizer_object=vocabulary.model, chat_template=vocabulary.chat_template, **named)
+            _fast_tokenizer()(tokenizer_object=vocabulary.model, chat_template=vocabulary.chat_template, **names)
         )
     else:
         backend = SentencePieceBackend(vocabulary.model)

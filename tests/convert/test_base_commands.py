@@ -19,7 +19,15 @@ from sapt_jax.pretrained import base_checkpoint, rules, t5_weights
 from sapt_jax.pretrained.loading import read_model_config
 from sapt_jax.pretrained.tokenizer import load_tokenizer
 from tests.helpers.gguf_files import METADATA, write_gguf
-from tests.helpers.tiny_tokenizers import PRE_TOKENIZERS, TEXTS, bpe_fields, train_bpe, train_sentencepiece, under
+from tests.helpers.tiny_tokenizers import (
+    CHAT_TEMPLATE,
+    PRE_TOKENIZERS,
+    TEXTS,
+    bpe_fields,
+    train_bpe,
+    train_sentencepiece,
+    under,
+)
 from tests.pretrained import test_gguf_files as gguf_model
 from tests.pretrained import test_hf as llama_model
 from tests.pretrained import test_t5x_checkpoints as t5_model
@@ -81,6 +89,9 @@ def same_tokenizer(path, other):
         assert one.decode(one.encode(text)) == two.decode(one.encode(text))
     fields = ("vocab_size", "pad_id", "eos_id", "bos_id", "add_bos")
     assert [getattr(one, name) for name in fields] == [getattr(two, name) for name in fields]
+    assert one.has_chat_template == two.has_chat_template
+    if one.has_chat_template:
+        assert one.encode_chat((("user", "the task"),)) == two.encode_chat((("user", "the task"),))
 
 
 @pytest.mark.parametrize("make", (t5_folder, llama_folder))
@@ -110,9 +121,20 @@ def test_the_tokenizer_is_copied(tmp_path, out):
     same_tokenizer(source, out)
 
 
+def test_a_chat_template_of_its_own_file_is_copied(tmp_path, out):
+    source = llama_folder(tmp_path / "hf")
+    train_bpe(PRE_TOKENIZERS["smollm"]).save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|start|>", "eos_token": "<|end|>"}))
+    (source / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    main(["from-hf", f"--model={source}", f"--out={out}"])
+    assert load_tokenizer(out).has_chat_template
+    same_tokenizer(source, out)
+
+
 @pytest.mark.parametrize("pre", ("smollm", "llama-bpe"))
 def test_from_gguf(tmp_path, out, pre):
     tokenizer = bpe_fields(train_bpe(PRE_TOKENIZERS[pre]), pre, padding_token_id=2)
+    tokenizer["tokenizer.chat_template"] = CHAT_TEMPLATE
     stored = gguf_model.as_stored(gguf_model.weights(seed=3, tied=False))
     file = write_gguf(tmp_path / "model.gguf", METADATA | tokenizer, stored)
     main(["from-gguf", f"--model={file}", f"--out={out}"])
