@@ -1,5 +1,5 @@
 """Meshes of eight devices against one: the same losses, gradients, attention and answers; what is split how, and what
-of it travels. The programs run in tests/on_eight_devices.py.
+of it travels. The programs run in tests/helpers/on_eight_devices.py.
 
 tests/goldens/shardings.txt holds what the meshes of the named configs split. To write it anew:
 

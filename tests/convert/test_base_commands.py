@@ -18,7 +18,9 @@ from sapt_jax.models.families import load_params, make_model, read_shape
 from sapt_jax.pretrained import base_checkpoint, rules, t5_weights
 from sapt_jax.pretrained.loading import read_model_config
 from sapt_jax.pretrained.tokenizer import load_tokenizer
-from tests.helpers.gguf_files import METADATA, write_gguf
+from tests.helpers.gguf_files import METADATA, as_stored, weights, write_gguf
+from tests.helpers.hf_files import LLAMA_CONFIG, hf_tensors, write_hf
+from tests.helpers.t5x_files import T5_CONFIG, assert_loads_as, make_params, scanned, unscanned, write_t5x
 from tests.helpers.tiny_tokenizers import (
     CHAT_TEMPLATE,
     PRE_TOKENIZERS,
@@ -28,22 +30,6 @@ from tests.helpers.tiny_tokenizers import (
     train_sentencepiece,
     under,
 )
-from tests.pretrained import test_gguf_files as gguf_model
-from tests.pretrained import test_hf as llama_model
-from tests.pretrained import test_t5x_checkpoints as t5_model
-
-T5_CONFIG = {
-    "model_type": "t5", "vocab_size": t5_model.VOCAB, "d_model": t5_model.WIDTH, "d_kv": t5_model.HEAD_DIM,
-    "num_layers": t5_model.ENCODER_LAYERS, "num_decoder_layers": t5_model.DECODER_LAYERS, "d_ff": t5_model.FF,
-    "num_heads": t5_model.HEADS, "layer_norm_epsilon": 1e-6, "relative_attention_num_buckets": t5_model.BUCKETS,
-    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": True, "decoder_start_token_id": 0,
-}  # fmt: skip
-LLAMA_CONFIG = {
-    "model_type": "llama", "vocab_size": llama_model.VOCAB, "hidden_size": llama_model.WIDTH,
-    "num_hidden_layers": llama_model.LAYERS, "num_attention_heads": llama_model.HEADS, "head_dim": llama_model.HEAD_DIM,
-    "num_key_value_heads": llama_model.KV_HEADS, "intermediate_size": llama_model.FF, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -54,7 +40,7 @@ def out(tmp_path):
 def t5_folder(folder, dtype=np.float32):
     """A Hugging Face T5 whose config calls the head tied, as transformers 5 writes it, though it is not."""
     folder.mkdir()
-    params = unflatten_dict(t5_model.make_params(seed=1, dtype=dtype), sep="/")
+    params = unflatten_dict(make_params(seed=1, dtype=dtype), sep="/")
     save_file(rules.to_foreign(params, t5_weights.hf_table(T5_CONFIG)), str(folder / "model.safetensors"))
     (folder / "config.json").write_text(json.dumps(T5_CONFIG))
     return folder
@@ -62,7 +48,7 @@ def t5_folder(folder, dtype=np.float32):
 
 def llama_folder(folder, seed=2):
     folder.mkdir()
-    llama_model.write(folder, llama_model.hf_tensors(seed), shards=2, config=LLAMA_CONFIG)
+    write_hf(folder, hf_tensors(seed), shards=2, config=LLAMA_CONFIG)
     return folder
 
 
@@ -135,7 +121,7 @@ def test_a_chat_template_of_its_own_file_is_copied(tmp_path, out):
 def test_from_gguf(tmp_path, out, pre):
     tokenizer = bpe_fields(train_bpe(PRE_TOKENIZERS[pre]), pre, padding_token_id=2)
     tokenizer["tokenizer.chat_template"] = CHAT_TEMPLATE
-    stored = gguf_model.as_stored(gguf_model.weights(seed=3, tied=False))
+    stored = as_stored(weights(seed=3, tied=False))
     file = write_gguf(tmp_path / "model.gguf", METADATA | tokenizer, stored)
     main(["from-gguf", f"--model={file}", f"--out={out}"])
     assert_same(file, out)
@@ -157,24 +143,22 @@ def test_from_gguf_with_sentencepiece(tmp_path, out):
             "eos_token_id": 2,
         }
     )
-    file = write_gguf(tmp_path / "m.gguf", METADATA | tokenizer, gguf_model.weights(seed=4))
+    file = write_gguf(tmp_path / "m.gguf", METADATA | tokenizer, weights(seed=4))
     main(["from-gguf", f"--model={file}", f"--out={out}"])
     same_tokenizer(file, out)
 
 
 def test_from_gguf_without_a_vocabulary(tmp_path, out, capsys):
-    file = write_gguf(tmp_path / "model.gguf", METADATA, gguf_model.as_stored(gguf_model.weights(seed=5)))
+    file = write_gguf(tmp_path / "model.gguf", METADATA, as_stored(weights(seed=5)))
     main(["from-gguf", f"--model={file}", f"--out={out}"])
     assert_same(file, out)
     assert "without a tokenizer" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(
-    ("layout", "bias_per_layer"), ((t5_model.unscanned, False), (t5_model.scanned, False), (t5_model.scanned, True))
-)
+@pytest.mark.parametrize(("layout", "bias_per_layer"), ((unscanned, False), (scanned, False), (scanned, True)))
 def test_from_t5x(tmp_path, out, layout, bias_per_layer):
-    arrays = layout(t5_model.make_params(seed=6, bias_per_layer=bias_per_layer))
-    source = t5_model.write(tmp_path / "checkpoint_3", arrays)
+    arrays = layout(make_params(seed=6, bias_per_layer=bias_per_layer))
+    source = write_t5x(tmp_path / "checkpoint_3", arrays)
     main(["from-t5x", f"--model={source}", f"--out={out}"])
     assert_same(source, out)
     assert "scanned" not in json.loads((out / "config.json").read_text())
@@ -190,12 +174,12 @@ def test_to_t5x_and_back(tmp_path, out, dtype):
 
 
 def test_to_t5x_takes_layers_apart(tmp_path, out):
-    params = t5_model.make_params(seed=7)
-    source = t5_model.write(tmp_path / "scanned", t5_model.scanned(params))
+    params = make_params(seed=7)
+    source = write_t5x(tmp_path / "scanned", scanned(params))
     main(["from-t5x", f"--model={source}", f"--out={out}"])
     for origin, checkpoint in ((source, tmp_path / "checkpoint_1"), (out, tmp_path / "checkpoint_2")):
         main(["to-t5x", f"--model={origin}", f"--out={checkpoint}"])
-        t5_model.assert_loads_as(checkpoint, params)
+        assert_loads_as(checkpoint, params)
         assert not read_model_config(checkpoint)["scanned"]
 
 
@@ -207,7 +191,7 @@ def error_of(*words):
 
 def test_mistakes_are_told_and_nothing_is_left(tmp_path, out):
     t5_hf, llama_hf = t5_folder(tmp_path / "t5"), llama_folder(tmp_path / "llama")
-    file = write_gguf(tmp_path / "m.gguf", METADATA, gguf_model.as_stored(gguf_model.weights(seed=8)))
+    file = write_gguf(tmp_path / "m.gguf", METADATA, as_stored(weights(seed=8)))
     to = f"--out={out}"
     assert error_of("from-hf", f"--model={tmp_path / 'absent'}", to).startswith(
         f"error: {tmp_path / 'absent'} does not exist"

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("transformers", reason="base models are written by transformers")
 
 from configs.common import get_config  # noqa: E402
+
 from sapt_jax.config import flatten  # noqa: E402
 from sapt_jax.convert.__main__ import main  # noqa: E402
 from sapt_jax.storage.text_files import to_jsonable  # noqa: E402

@@ -1,6 +1,7 @@
-"""Writes small GGUF files for tests."""
+"""Small GGUF files, and random weights for them."""
 
 import gguf
+import numpy as np
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, FF, VOCAB = 2, 4, 2, 64, 256, 512, 40
 METADATA = {
@@ -38,3 +39,42 @@ def write_gguf(file, fields, tensors=None, arch="llama"):
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def permute(weights, heads):
+    """What llama.cpp's converter does to the rows of q and k."""
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
+
+
+def weights(seed, tied=True):
+    """Random float32 weights in rotate-half order under llama.cpp's names."""
+    rng = np.random.default_rng(seed)
+    sizes = {"token_embd.weight": (VOCAB, WIDTH), "output_norm.weight": (WIDTH,)}
+    if not tied:
+        sizes["output.weight"] = (VOCAB, WIDTH)
+    for layer in range(LAYERS):
+        sizes |= {
+            f"blk.{layer}.attn_norm.weight": (WIDTH,),
+            f"blk.{layer}.attn_q.weight": (HEADS * HEAD_DIM, WIDTH),
+            f"blk.{layer}.attn_k.weight": (KV_HEADS * HEAD_DIM, WIDTH),
+            f"blk.{layer}.attn_v.weight": (KV_HEADS * HEAD_DIM, WIDTH),
+            f"blk.{layer}.attn_output.weight": (WIDTH, HEADS * HEAD_DIM),
+            f"blk.{layer}.ffn_norm.weight": (WIDTH,),
+            f"blk.{layer}.ffn_gate.weight": (FF, WIDTH),
+            f"blk.{layer}.ffn_up.weight": (FF, WIDTH),
+            f"blk.{layer}.ffn_down.weight": (WIDTH, FF),
+        }
+    return {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
+
+
+def as_stored(tensors):
+    """The same weights with q and k in llama.cpp's order."""
+    heads = {"attn_q": HEADS, "attn_k": KV_HEADS}
+    return {
+        name: permute(array, heads[part]) if (part := name.split(".")[-2]) in heads else array
+        for name, array in tensors.items()
+    }

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sapt_jax.pretrained import base_checkpoint, rules, zarr_arrays
 from sapt_jax.pretrained.loading import load_pretrained, model_table, open_pretrained
 from tests.helpers.paths import REPOSITORY
-from tests.pretrained.test_t5x_checkpoints import abstract_params, make_params, unscanned, write
+from tests.helpers.t5x_files import abstract_params, make_params, unscanned, write_t5x
 
 CONFIG = {"model_type": "t5"}
 
@@ -65,7 +65,7 @@ def test_orbax_and_our_loader_restore_what_was_written(tmp_path, monkeypatch, dt
 
 
 def test_values_are_cast_as_direct_loading_casts_them(tmp_path):
-    checkpoint = write(tmp_path / "checkpoint_0", unscanned(make_params(seed=2)))
+    checkpoint = write_t5x(tmp_path / "checkpoint_0", unscanned(make_params(seed=2)))
     target = abstract_params(checkpoint, jnp.bfloat16)
     base = tmp_path / "base"
     base.mkdir()

@@ -17,50 +17,20 @@ from sapt_jax.pretrained import rules
 from sapt_jax.pretrained.gguf_files import GGUFSource
 from sapt_jax.pretrained.llama_weights import gguf_table, interleaved_order
 from sapt_jax.pretrained.loading import load_pretrained, model_table, read_model_config
-from tests.helpers.gguf_files import FF, HEAD_DIM, HEADS, KV_HEADS, LAYERS, METADATA, VOCAB, WIDTH, write_gguf
-
-
-def write(file, tensors, metadata=METADATA, arch="llama"):
-    return write_gguf(file, metadata, tensors, arch)
-
-
-def permute(weights, heads):
-    """What llama.cpp's converter does to the rows of q and k."""
-    return (
-        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weights.shape)
-    )
-
-
-def weights(seed, tied=True):
-    """Random float32 weights in rotate-half order under llama.cpp's names."""
-    rng = np.random.default_rng(seed)
-    sizes = {"token_embd.weight": (VOCAB, WIDTH), "output_norm.weight": (WIDTH,)}
-    if not tied:
-        sizes["output.weight"] = (VOCAB, WIDTH)
-    for layer in range(LAYERS):
-        sizes |= {
-            f"blk.{layer}.attn_norm.weight": (WIDTH,),
-            f"blk.{layer}.attn_q.weight": (HEADS * HEAD_DIM, WIDTH),
-            f"blk.{layer}.attn_k.weight": (KV_HEADS * HEAD_DIM, WIDTH),
-            f"blk.{layer}.attn_v.weight": (KV_HEADS * HEAD_DIM, WIDTH),
-            f"blk.{layer}.attn_output.weight": (WIDTH, HEADS * HEAD_DIM),
-            f"blk.{layer}.ffn_norm.weight": (WIDTH,),
-            f"blk.{layer}.ffn_gate.weight": (FF, WIDTH),
-            f"blk.{layer}.ffn_up.weight": (FF, WIDTH),
-            f"blk.{layer}.ffn_down.weight": (WIDTH, FF),
-        }
-    return {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
-
-
-def as_stored(tensors):
-    """The same weights with q and k in llama.cpp's order."""
-    heads = {"attn_q": HEADS, "attn_k": KV_HEADS}
-    return {
-        name: permute(array, heads[part]) if (part := name.split(".")[-2]) in heads else array
-        for name, array in tensors.items()
-    }
+from tests.helpers.gguf_files import (
+    FF,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    METADATA,
+    VOCAB,
+    WIDTH,
+    as_stored,
+    permute,
+    weights,
+    write_gguf,
+)
 
 
 def abstract(tied=True, dtype=jnp.float32):
@@ -118,7 +88,7 @@ def assert_is_ours(params, tensors, tied=True):
 @pytest.mark.parametrize("tied", [True, False])
 def test_float32_loads_bit_for_bit_and_writes_back(tmp_path, tied):
     tensors = weights(0, tied)
-    file = write(tmp_path / "m.gguf", as_stored(tensors))
+    file = write_gguf(tmp_path / "m.gguf", METADATA, as_stored(tensors))
     params = load_pretrained(file, abstract(tied))
     assert_is_ours(params, tensors, tied)
     back = rules.to_foreign(params, model_table(file))
@@ -165,7 +135,7 @@ def test_quantised_tensors_come_back_within_a_step(tmp_path, kind):
     stored = {
         name: (quantised(array, kind), kind) if array.ndim == 2 else array for name, array in as_stored(tensors).items()
     }
-    params = load_pretrained(write(tmp_path / "m.gguf", stored), abstract())
+    params = load_pretrained(write_gguf(tmp_path / "m.gguf", METADATA, stored), abstract())
     got = {
         "blk.1.attn_q.weight": params["decoder"]["layers"]["self_attention"]["query"]["kernel"][1].T,
         "blk.0.attn_k.weight": params["decoder"]["layers"]["self_attention"]["key"]["kernel"][0].T,
@@ -187,7 +157,7 @@ def test_half_precision_is_exact(tmp_path, kind):
     stored = {name: (quantised(array, kind), kind) for name, array in as_stored(tensors).items()}
     if kind == Kind.F16:
         stored = {name: array for name, (array, _) in stored.items()}
-    file = write(tmp_path / "m.gguf", stored)
+    file = write_gguf(tmp_path / "m.gguf", METADATA, stored)
     assert {tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors} == {kind}
     assert_is_ours(load_pretrained(file, abstract()), tensors)
 
@@ -201,7 +171,7 @@ def test_k_quants_are_dequantised_as_the_package_does(tmp_path, kind):
     tensors["blk.0.attn_q.weight"] = gguf.quants.dequantize(q, kind)[interleaved_order(HEADS, HEAD_DIM)]
     tensors["blk.1.ffn_up.weight"] = gguf.quants.dequantize(up, kind)
     assert np.all(np.isfinite(tensors["blk.0.attn_q.weight"]))
-    assert_is_ours(load_pretrained(write(tmp_path / "m.gguf", stored), abstract()), tensors)
+    assert_is_ours(load_pretrained(write_gguf(tmp_path / "m.gguf", METADATA, stored), abstract()), tensors)
 
 
 @pytest.mark.parametrize("heads,head_dim", [(1, 2), (3, 8), (9, 64)])
@@ -230,7 +200,7 @@ def test_rotating_neighbours_in_the_stored_order_is_rotating_halves_in_ours():
 def test_parts_of_quantised_tensors_equal_the_whole(tmp_path):
     tensors = as_stored(weights(6))
     array = quantised(tensors["blk.0.ffn_up.weight"], Kind.Q4_1)
-    file = write(tmp_path / "m.gguf", tensors | {"blk.0.ffn_up.weight": (array, Kind.Q4_1)})
+    file = write_gguf(tmp_path / "m.gguf", METADATA, tensors | {"blk.0.ffn_up.weight": (array, Kind.Q4_1)})
     source = GGUFSource(file)
     whole = gguf.quants.dequantize(array, Kind.Q4_1)
     rows = np.random.default_rng(0).permutation(FF)[:50]
@@ -248,7 +218,7 @@ def test_all_mismatches_are_listed_in_one_error(tmp_path):
     del tensors["blk.1.attn_v.weight"]
     tensors["blk.0.attn_q.bias"] = np.zeros(HEADS * HEAD_DIM, np.float32)
     tensors["output_norm.weight"] = np.zeros(WIDTH - 1, np.float32)
-    file = write(tmp_path / "m.gguf", tensors)
+    file = write_gguf(tmp_path / "m.gguf", METADATA, tensors)
     with pytest.raises(ValueError) as caught:
         load_pretrained(file, abstract(tied=False))
     message = str(caught.value)
@@ -264,20 +234,20 @@ def test_all_mismatches_are_listed_in_one_error(tmp_path):
 
 def test_rope_frequencies_are_not_a_weight(tmp_path):
     tensors = as_stored(weights(8)) | {"rope_freqs.weight": np.ones(HEAD_DIM // 2, np.float32)}
-    assert_is_ours(load_pretrained(write(tmp_path / "m.gguf", tensors), abstract()), weights(8))
+    assert_is_ours(load_pretrained(write_gguf(tmp_path / "m.gguf", METADATA, tensors), abstract()), weights(8))
 
 
 def test_a_type_that_cannot_be_dequantised_is_named(tmp_path):
     tensors = as_stored(weights(12))
     tensors["blk.0.ffn_up.weight"] = np.zeros((FF, WIDTH), np.int8)
-    file = write(tmp_path / "m.gguf", tensors)
+    file = write_gguf(tmp_path / "m.gguf", METADATA, tensors)
     with pytest.raises(ValueError, match="tensor blk.0.ffn_up.weight is of type I8"):
         load_pretrained(file, abstract())
 
 
 def test_the_table_covers_the_model_of_its_own_config(tmp_path):
     """Config and table agree: the model built from the metadata has one rule for each parameter."""
-    file = write(tmp_path / "m.gguf", as_stored(weights(14, tied=False)))
+    file = write_gguf(tmp_path / "m.gguf", METADATA, as_stored(weights(14, tied=False)))
     config = read_model_config(file)
     model = Llama(llama_config_from_hf(config), jnp.float32, "none")
     tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)

@@ -10,125 +10,25 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 from sapt_jax.pretrained import hf, llama_weights, rules
 from sapt_jax.pretrained.loading import load_pretrained, model_table, read_model_config
+from tests.helpers.hf_files import (
+    CONFIG,
+    FF,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    abstract,
+    assert_is_ours,
+    hf_tensors,
+    write_hf,
+)
 from tests.helpers.paths import REPOSITORY
-
-LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FF, VOCAB = 3, 8, 4, 2, 6, 10, 13
-CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
-
-
-def shapes(tied=False):
-    """Our tree's shapes; no two widths agree, so that a forgotten transposition shows."""
-    query, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    tree = {
-        "token_embedder/embedding": (VOCAB, WIDTH),
-        "decoder/layers/pre_self_attention_layer_norm/scale": (LAYERS, WIDTH),
-        "decoder/layers/self_attention/query/kernel": (LAYERS, WIDTH, query),
-        "decoder/layers/self_attention/key/kernel": (LAYERS, WIDTH, kv),
-        "decoder/layers/self_attention/value/kernel": (LAYERS, WIDTH, kv),
-        "decoder/layers/self_attention/out/kernel": (LAYERS, query, WIDTH),
-        "decoder/layers/pre_mlp_layer_norm/scale": (LAYERS, WIDTH),
-        "decoder/layers/mlp/wi_0/kernel": (LAYERS, WIDTH, FF),
-        "decoder/layers/mlp/wi_1/kernel": (LAYERS, WIDTH, FF),
-        "decoder/layers/mlp/wo/kernel": (LAYERS, FF, WIDTH),
-        "decoder/decoder_norm/scale": (WIDTH,),
-    }
-    return tree if tied else tree | {"decoder/logits_dense/kernel": (WIDTH, VOCAB)}
-
-
-def nest(flat):
-    tree = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
-
-
-def abstract(tied=False, dtype=jnp.float32):
-    return nest({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes(tied).items()})
-
-
-def hf_tensors(seed, tied=False, dtype=np.float32):
-    """Random tensors under transformers' names, written out from its model definition."""
-    rng = np.random.default_rng(seed)
-    sizes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
-    if not tied:
-        sizes["lm_head.weight"] = (VOCAB, WIDTH)
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}"
-        sizes |= {
-            f"{prefix}.input_layernorm.weight": (WIDTH,),
-            f"{prefix}.self_attn.q_proj.weight": (HEADS * HEAD_DIM, WIDTH),
-            f"{prefix}.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, WIDTH),
-            f"{prefix}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, WIDTH),
-            f"{prefix}.self_attn.o_proj.weight": (WIDTH, HEADS * HEAD_DIM),
-            f"{prefix}.post_attention_layernorm.weight": (WIDTH,),
-            f"{prefix}.mlp.gate_proj.weight": (FF, WIDTH),
-            f"{prefix}.mlp.up_proj.weight": (FF, WIDTH),
-            f"{prefix}.mlp.down_proj.weight": (WIDTH, FF),
-        }
-    return {name: rng.standard_normal(size).astype(dtype) for name, size in sizes.items()}
-
-
-def write(folder, tensors, form="safetensors", shards=1, config=CONFIG):
-    """Writes a model folder, in one file or in shards with an index."""
-    (folder / "config.json").write_text(json.dumps(config))
-    stem, suffix = ("model", ".safetensors") if form == "safetensors" else ("pytorch_model", ".bin")
-    names = sorted(tensors)
-    parts = [names[i::shards] for i in range(shards)]
-    files = [f"{stem}-{i + 1:05}-of-{shards:05}{suffix}" for i in range(shards)] if shards > 1 else [stem + suffix]
-    for file, part in zip(files, parts, strict=True):
-        content = {name: tensors[name] for name in part}
-        if form == "safetensors":
-            save_file(content, folder / file)
-        else:
-            save_torch(content, folder / file)
-    if shards > 1:
-        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-def save_torch(arrays, file):
-    torch = pytest.importorskip("torch", reason="writing .bin weights needs PyTorch")
-
-    def tensor(array):
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-    torch.save({name: tensor(array) for name, array in arrays.items()}, file)
-
-
-def assert_is_ours(params, tensors, tied=False):
-    """Compares each parameter with a stack of transposed tensors, written out by hand."""
-    attention = params["decoder"]["layers"]["self_attention"]
-    mlp = params["decoder"]["layers"]["mlp"]
-    prefix = "model.layers.{}."
-
-    def stack(name, transpose):
-        layers = [tensors[prefix.format(layer) + name + ".weight"] for layer in range(LAYERS)]
-        return np.stack([layer.T if transpose else layer for layer in layers])
-
-    norms = params["decoder"]["layers"]
-    np.testing.assert_array_equal(params["token_embedder"]["embedding"], tensors["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(params["decoder"]["decoder_norm"]["scale"], tensors["model.norm.weight"])
-    np.testing.assert_array_equal(norms["pre_self_attention_layer_norm"]["scale"], stack("input_layernorm", False))
-    np.testing.assert_array_equal(norms["pre_mlp_layer_norm"]["scale"], stack("post_attention_layernorm", False))
-    for ours, theirs in {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}.items():
-        np.testing.assert_array_equal(attention[ours]["kernel"], stack(f"self_attn.{theirs}", True))
-    for ours, theirs in {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}.items():
-        np.testing.assert_array_equal(mlp[ours]["kernel"], stack(f"mlp.{theirs}", True))
-    if not tied:
-        np.testing.assert_array_equal(params["decoder"]["logits_dense"]["kernel"], tensors["lm_head.weight"].T)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -136,7 +36,7 @@ def assert_is_ours(params, tensors, tied=False):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_every_format_loads_bit_for_bit_and_writes_back(tmp_path, form, shards, dtype):
     tensors = hf_tensors(0, dtype=dtype)
-    write(tmp_path, tensors, form, shards)
+    write_hf(tmp_path, tensors, form, shards)
     params = load_pretrained(tmp_path, abstract(dtype=dtype))
     assert_is_ours(params, tensors)
     back = rules.to_foreign(params, model_table(tmp_path))
@@ -148,7 +48,7 @@ def test_every_format_loads_bit_for_bit_and_writes_back(tmp_path, form, shards, 
 
 def test_values_are_cast_to_the_wanted_dtype(tmp_path):
     tensors = hf_tensors(1)
-    params = load_pretrained(write(tmp_path, tensors), abstract(dtype=jnp.bfloat16))
+    params = load_pretrained(write_hf(tmp_path, tensors), abstract(dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     assert_is_ours(params, {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()})
 
@@ -182,9 +82,9 @@ def test_tied_copies_and_buffers_are_ignored_only_where_the_config_says_tied(tmp
         "lm_head.weight": tensors["model.embed_tokens.weight"].copy(),
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32),
     }
-    write(tmp_path, tensors | extra, config=CONFIG | {"tie_word_embeddings": True})
+    write_hf(tmp_path, tensors | extra, config=CONFIG | {"tie_word_embeddings": True})
     assert_is_ours(load_pretrained(tmp_path, abstract(tied=True)), tensors, tied=True)
-    write(tmp_path, tensors | extra, config=CONFIG)
+    write_hf(tmp_path, tensors | extra, config=CONFIG)
     with pytest.raises(ValueError, match=r"1 unused[\s\S]*unused: lm_head\.weight"):
         load_pretrained(tmp_path, abstract(tied=True))
 
@@ -196,7 +96,7 @@ def test_all_mismatches_are_listed_in_one_error(tmp_path):
     tensors["model.layers.3.input_layernorm.weight"] = np.zeros(WIDTH, np.float32)
     tensors["lm_head.weight"] = np.zeros((VOCAB + 1, WIDTH), np.float32)
     tensors["model.layers.2.self_attn.k_proj.weight"] = np.zeros((WIDTH, KV_HEADS * HEAD_DIM), np.float32)
-    write(tmp_path, tensors, shards=2)
+    write_hf(tmp_path, tensors, shards=2)
     target = abstract()
     target["decoder"]["adapter"] = {"kernel": jax.ShapeDtypeStruct((2, 5), jnp.float32)}
     with pytest.raises(ValueError) as caught:
@@ -218,53 +118,10 @@ def test_all_mismatches_are_listed_in_one_error(tmp_path):
 
 def test_weights_go_straight_into_their_shardings_and_each_shard_reads_only_its_part():
     """Loading needs several devices, so it runs on the 4 virtual ones of a fresh interpreter."""
-    root = REPOSITORY
-    code = "from tests.pretrained.test_hf import check_sharded_loading; check_sharded_loading()"
+    command = [sys.executable, "-m", "tests.helpers.on_four_devices"]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=root)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-class CountingSource(rules.ArraySource):
-    """Records how many elements were read of each tensor."""
-
-    read_elements: dict = {}
-
-    def read(self, name, index):
-        part = super().read(name, index)
-        self.read_elements[name] = self.read_elements.get(name, 0) + part.size
-        return part
-
-
-def check_sharded_loading():
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    specs = {
-        "token_embedder/embedding": P(None, "model"),
-        "decoder/layers/self_attention/query/kernel": P(None, "data", "model"),
-        "decoder/layers/mlp/wo/kernel": P(None, "model", "data"),
-        "decoder/logits_dense/kernel": P("data", None),
-    }
-    target = nest(
-        {
-            path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs.get(path, P())))
-            for path, shape in shapes().items()
-        }
-    )
-    tensors = hf_tensors(4)
-    source = CountingSource("memory", tensors)
-    params = rules.load(source, llama_weights.hf_table(CONFIG), target)
-    assert_is_ours(params, tensors)
-    assert jax.tree.map(lambda leaf: leaf.sharding, params) == jax.tree.map(lambda leaf: leaf.sharding, target)
-    # Devices that hold the same part share one read, so that no element is read twice.
-    assert source.read_elements == {name: array.size for name, array in tensors.items()}
-    # A permuted axis, cut between two shards, as a table for GGUF has it.
-    order = np.random.default_rng(0).permutation(HEADS * HEAD_DIM)
-    table = rules.Table((rules.Rule("kernel", "q.{layer}", (1, 0), order),))
-    layers = {f"q.{i}": tensors[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(LAYERS)}
-    sharding = NamedSharding(mesh, P(None, "data", "model"))
-    leaf = jax.ShapeDtypeStruct((LAYERS, WIDTH, HEADS * HEAD_DIM), jnp.float32, sharding=sharding)
-    loaded = rules.load(rules.ArraySource("memory", layers), table, {"kernel": leaf})["kernel"]
-    np.testing.assert_array_equal(loaded, np.stack([array[order].T for array in layers.values()]))
 
 
 def test_safetensors_reads_parts_and_permuted_rows(tmp_path):
@@ -311,7 +168,7 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(FileNotFoundError, match="has no weights"):
         load_pretrained(tmp_path, abstract())
-    write(tmp_path, hf_tensors(7), shards=3)
+    write_hf(tmp_path, hf_tensors(7), shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lists: model-00002-of-00003\.safetensors"):
         load_pretrained(tmp_path, abstract())
@@ -335,7 +192,7 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(ValueError, match=r"model\.safetensors is not a valid safetensors file"):
         load_pretrained(tmp_path, abstract())
-    write(tmp_path, hf_tensors(8), config={"model_type": "mamba"})
+    write_hf(tmp_path, hf_tensors(8), config={"model_type": "mamba"})
     with pytest.raises(ValueError, match="model_type 'mamba' cannot be read; known are: .*llama"):
         load_pretrained(tmp_path, abstract())
     (tmp_path / "model.safetensors.index.json").write_text("{}")
@@ -347,7 +204,7 @@ def test_broken_files_are_named(tmp_path):
 
 def test_a_tensor_in_two_shards_is_an_error(tmp_path):
     tensors = hf_tensors(9)
-    write(tmp_path, tensors, shards=2)
+    write_hf(tmp_path, tensors, shards=2)
     save_file(tensors, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match="another shard holds too"):
         load_pretrained(tmp_path, abstract())

@@ -7,137 +7,46 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore
-from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sapt_jax.models.shapes import t5_config_from_hf
-from sapt_jax.models.t5 import T5
 from sapt_jax.pretrained import t5x_checkpoints
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config
 from tests.helpers.paths import SHARED
+from tests.helpers.t5x_files import (
+    BUCKETS,
+    DECODER_LAYERS,
+    ENCODER_LAYERS,
+    FF,
+    HEAD_DIM,
+    HEADS,
+    VOCAB,
+    WIDTH,
+    abstract_params,
+    assert_loads_as,
+    make_params,
+    model_of,
+    scanned,
+    unscanned,
+    write_t5x,
+)
 
-VOCAB, WIDTH, ENCODER_LAYERS, DECODER_LAYERS, HEADS, HEAD_DIM, FF, BUCKETS = 13, 10, 2, 3, 3, 4, 7, 8
-INNER = HEADS * HEAD_DIM
-DATA = SHARED
 REAL = {
-    "native": DATA / "fixtures/t5x/test_t5_1_1_tiny/checkpoint_3",
-    "msgpack only": DATA / "fixtures/t5x/test_t5_tiny.checkpoint_0",
+    "native": SHARED / "fixtures/t5x/test_t5_1_1_tiny/checkpoint_3",
+    "msgpack only": SHARED / "fixtures/t5x/test_t5_tiny.checkpoint_0",
 }
-
-
-def make_params(seed, gated=True, tied=False, bias_per_layer=False, dtype=np.float32):
-    """Our tree with random arrays, flat, from the shapes of T5X's network.py."""
-    mlp = {"mlp/wo/kernel": (FF, WIDTH)} | {
-        f"mlp/{k}/kernel": (WIDTH, FF) for k in (("wi_0", "wi_1") if gated else ("wi",))
-    }
-    sizes = {"token_embedder/embedding": (VOCAB, WIDTH)}
-    if not tied:
-        sizes["decoder/logits_dense/kernel"] = (WIDTH, VOCAB)
-    attentions = {"encoder": ("attention",), "decoder": ("self_attention", "encoder_decoder_attention")}
-    norms = {
-        "encoder": ("pre_attention_layer_norm", "pre_mlp_layer_norm"),
-        "decoder": ("pre_self_attention_layer_norm", "pre_cross_attention_layer_norm", "pre_mlp_layer_norm"),
-    }
-    for stack, layers in (("encoder", ENCODER_LAYERS), ("decoder", DECODER_LAYERS)):
-        of_layer = dict(mlp) | {f"{norm}/scale": (WIDTH,) for norm in norms[stack]}
-        for attention in attentions[stack]:
-            of_layer |= {f"{attention}/{kernel}/kernel": (WIDTH, INNER) for kernel in ("query", "key", "value")}
-            of_layer[f"{attention}/out/kernel"] = (INNER, WIDTH)
-        sizes |= {f"{stack}/layers/{name}": (layers, *shape) for name, shape in of_layer.items()}
-        sizes[f"{stack}/{stack}_norm/scale"] = (WIDTH,)
-        sizes[f"{stack}/relpos_bias/rel_embedding"] = ((layers,) if bias_per_layer else ()) + (HEADS, BUCKETS)
-    rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in sizes.items()}
-
-
-def unscanned(params):
-    """T5X's names and arrays where each layer is its own (t5x/examples/t5)."""
-    out = {}
-    for path, array in params.items():
-        stack, _, rest = path.partition("/layers/")
-        if rest:
-            out |= {f"{stack}/layers_{layer}/{rest}": array[layer] for layer in range(len(array))}
-        else:
-            out[path] = array
-    return out
-
-
-def scanned(params, axis=1):
-    """T5X's names and arrays of a scan (t5x/examples/scalable_t5): layers on `axis`, heads on their own axis."""
-    out = {}
-    for path, array in params.items():
-        stack, _, rest = path.partition("/layers/")
-        if path.endswith("rel_embedding"):
-            stack = path.partition("/")[0]
-            layers = ENCODER_LAYERS if stack == "encoder" else DECODER_LAYERS
-            array = array if array.ndim == 3 else np.repeat(array[None], layers, axis=0)
-            out[f"{stack}/{stack}/relpos_bias/rel_embedding"] = np.moveaxis(array, 0, axis)
-        elif rest:
-            if "attention/out" in rest:
-                array = array.reshape(-1, HEADS, HEAD_DIM, WIDTH)
-            elif "attention/" in rest:
-                array = array.reshape(-1, WIDTH, HEADS, HEAD_DIM)
-            out[f"{stack}/{stack}/{rest}"] = np.moveaxis(array, 0, axis)
-        else:
-            out[path] = array
-    return out
-
-
-def write(folder, arrays, zarr=True, version=3, driver="gfile", state=True):
-    """Writes a checkpoint as T5X does, optimizer state included."""
-    folder.mkdir()
-    target, states = {}, {}
-    for name, array in arrays.items():
-        states[name] = {"v": array, "m": np.zeros(1, np.float32)}
-        target[name] = array
-        if zarr and array.ndim > 1:
-            place = f"target.{name.replace('/', '.')}"
-            metadata = {
-                "shape": list(array.shape),
-                "chunks": [max(1, size // 2) for size in array.shape],
-                "dtype": "bfloat16" if array.dtype == ml_dtypes.bfloat16 else array.dtype.str,
-                "compressor": {"id": "gzip", "level": 1},
-            }
-            spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / place)}}
-            tensorstore.open({**spec, "metadata": metadata}, create=True).result().write(array).result()
-            target[name] = {**spec, "kvstore": {"driver": driver, "path": place}, "metadata": metadata}
-    optimizer = {"target": unflatten_dict(target, sep="/")}
-    if state:
-        optimizer["state"] = {"step": np.int32(3), "param_states": unflatten_dict(states, sep="/")}
-    index = {"version": version, "optimizer": optimizer}
-    (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(index))
-    return folder
-
-
-def model_of(path):
-    return T5(t5_config_from_hf(read_model_config(path)), jnp.float32, "none")
-
-
-def abstract_params(path, dtype=jnp.float32):
-    ids, mask = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), bool)
-    boxed = jax.eval_shape(model_of(path).init, jax.random.key(0), ids, mask, ids, mask)["params"]
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), meta.unbox(boxed))
-
-
-def assert_loads_as(path, params, dtype=jnp.float32):
-    loaded = flatten_dict(load_pretrained(path, abstract_params(path, dtype)), sep="/")
-    assert loaded.keys() == params.keys()
-    for name, array in params.items():
-        assert loaded[name].dtype == dtype
-        np.testing.assert_array_equal(np.asarray(loaded[name]), array, err_msg=name)
 
 
 @pytest.mark.parametrize("driver", ("gfile", "gcs", "file"))
 def test_separate_layers(tmp_path, driver):
     params = make_params(seed=1)
-    assert_loads_as(write(tmp_path / "checkpoint_3", unscanned(params), driver=driver), params)
+    assert_loads_as(write_t5x(tmp_path / "checkpoint_3", unscanned(params), driver=driver), params)
 
 
 @pytest.mark.parametrize("axis", (1, 0))
 @pytest.mark.parametrize("bias_per_layer", (False, True))
 def test_scanned_layers(tmp_path, axis, bias_per_layer):
     params = make_params(seed=2, bias_per_layer=bias_per_layer)
-    path = write(tmp_path / "checkpoint_3", scanned(params, axis))
+    path = write_t5x(tmp_path / "checkpoint_3", scanned(params, axis))
     assert read_model_config(path)["scanned"]
     assert model_of(path).config.bias_per_layer == bias_per_layer
     assert_loads_as(path, params)
@@ -145,7 +54,7 @@ def test_scanned_layers(tmp_path, axis, bias_per_layer):
 
 def test_tied_and_ungated(tmp_path):
     params = make_params(seed=3, gated=False, tied=True)
-    path = write(tmp_path / "checkpoint_3", unscanned(params))
+    path = write_t5x(tmp_path / "checkpoint_3", unscanned(params))
     config = model_of(path).config
     assert config.tie_embeddings and not config.gated and config.activation == "relu"
     assert_loads_as(path, params)
@@ -153,25 +62,25 @@ def test_tied_and_ungated(tmp_path):
 
 def test_old_file_without_arrays_beside_it(tmp_path):
     params = make_params(seed=4)
-    folder = write(tmp_path / "checkpoint_3", unscanned(params), zarr=False)
+    folder = write_t5x(tmp_path / "checkpoint_3", unscanned(params), zarr=False)
     file = (folder / "checkpoint").rename(tmp_path / "model.checkpoint_3")
     assert_loads_as(file, params)
 
 
 def test_without_optimizer_state(tmp_path):
     params = make_params(seed=5)
-    assert_loads_as(write(tmp_path / "checkpoint_3", unscanned(params), state=False), params)
+    assert_loads_as(write_t5x(tmp_path / "checkpoint_3", unscanned(params), state=False), params)
 
 
 def test_bfloat16_kept_as_uint16_before_version_3(tmp_path):
     params = make_params(seed=6, dtype=ml_dtypes.bfloat16)
     arrays = {k: v.view(np.uint16) if v.ndim > 1 else v for k, v in unscanned(params).items()}
-    assert_loads_as(write(tmp_path / "old", arrays, version=2), params, jnp.bfloat16)
-    assert_loads_as(write(tmp_path / "new", unscanned(params)), params, jnp.bfloat16)
+    assert_loads_as(write_t5x(tmp_path / "old", arrays, version=2), params, jnp.bfloat16)
+    assert_loads_as(write_t5x(tmp_path / "new", unscanned(params)), params, jnp.bfloat16)
 
 
 def test_config_is_read_off_the_arrays(tmp_path):
-    config = model_of(write(tmp_path / "checkpoint_3", unscanned(make_params(seed=7)))).config
+    config = model_of(write_t5x(tmp_path / "checkpoint_3", unscanned(make_params(seed=7)))).config
     assert (config.vocab_size, config.d_model, config.d_ff) == (VOCAB, WIDTH, FF)
     assert (config.num_encoder_layers, config.num_decoder_layers) == (ENCODER_LAYERS, DECODER_LAYERS)
     assert (config.num_heads, config.head_dim, config.relative_buckets) == (HEADS, HEAD_DIM, BUCKETS)
@@ -236,7 +145,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("layout", (unscanned, scanned))
 def test_checkpoint_of_another_size_names_both_sides(tmp_path, layout):
-    path = write(tmp_path / "checkpoint_3", layout(make_params(seed=13)))
+    path = write_t5x(tmp_path / "checkpoint_3", layout(make_params(seed=13)))
     target = abstract_params(path)
     target["token_embedder"]["embedding"] = jax.ShapeDtypeStruct((VOCAB + 1, WIDTH), jnp.float32)
     with pytest.raises(ValueError) as error:
@@ -251,7 +160,7 @@ def test_folder_without_weights(tmp_path):
 
 
 def test_missing_array_is_named(tmp_path):
-    path = write(tmp_path / "checkpoint_3", unscanned(make_params(seed=14)))
+    path = write_t5x(tmp_path / "checkpoint_3", unscanned(make_params(seed=14)))
     place = path / "target.encoder.layers_1.mlp.wo.kernel"
     place.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=f"{path} lacks .*target.encoder.layers_1.mlp.wo.kernel"):
@@ -261,7 +170,7 @@ def test_missing_array_is_named(tmp_path):
 def test_a_gap_between_layers_is_named(tmp_path):
     arrays = unscanned(make_params(seed=15))
     arrays = {name: array for name, array in arrays.items() if not name.startswith("decoder/layers_1/")}
-    path = write(tmp_path / "checkpoint_3", arrays)
+    path = write_t5x(tmp_path / "checkpoint_3", arrays)
     with pytest.raises(ValueError, match="missing: decoder/layers_1/self_attention/query/kernel"):
         load_pretrained(path, abstract_params(path))
 
@@ -280,7 +189,7 @@ def test_broken_index(tmp_path, content, message):
 
 
 def test_not_a_t5(tmp_path):
-    path = write(tmp_path / "checkpoint_3", {"decoder/layers_0/mlp/wi/kernel": np.zeros((2, 2), np.float32)})
+    path = write_t5x(tmp_path / "checkpoint_3", {"decoder/layers_0/mlp/wi/kernel": np.zeros((2, 2), np.float32)})
     with pytest.raises(ValueError, match="it is not a T5 checkpoint"):
         read_model_config(path)
 
