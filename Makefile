@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python -m
 DEMO_DATA = .demo-data
 DEMO_RUNS = runs/demo
 
-.PHONY: demo demo-data test lint install install-test clean
+.PHONY: demo demo-data test test-fast lint types install install-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo demo-data
@@ -19,8 +19,16 @@ demo: $(VENV)/installed-demo demo-data
 test: lint
 	$(RUN) pytest -n 2
 
+# Without the tests marked slow: what to run after every change.
+test-fast: install-test
+	$(RUN) pytest -m "not slow" -n 2
+
 lint: install-test
 	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/ruff format --check .
+
+types: install-test
+	$(RUN) mypy
 
 install: $(VENV)/installed
 install-test: $(VENV)/installed-test
