@@ -210,7 +210,7 @@ def test_mixture_equals_merged_kernels(small):
     model, params = small
     batch, bank, weights = make_batch(seed=14), make_bank(CONFIG, seed=15), np.array([0.5, 0.2, 0.3])
     merged = jax.tree.map(np.asarray, params)
-    for projection, block in bank["decoder"]["self_attention"].items():
+    for projection, block in bank["decoder"]["layers"]["self_attention"].items():
         a, b = (np.asarray(block[name], np.float64) for name in ("a", "b"))
         delta = sum(w * (4.0 / 2) * a[:, :, t] @ b[:, t] for t, w in enumerate(weights))
         kernel = merged["decoder"]["layers"]["self_attention"][projection]["kernel"]
@@ -288,8 +288,8 @@ def test_config_reader_takes_both_forms_of_rope_scaling():
         ),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported are silu, gelu"),
         (
-            {"hidden_size": None, "num_hidden_layers": None},
-            "missing hidden_size, num_hidden_layers. Take the config.json",
+            {"rms_norm_eps": None, "rope_theta": None},
+            "missing rms_norm_eps, rope_theta. Take the config.json",
         ),
     ],
 )

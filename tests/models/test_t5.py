@@ -255,7 +255,7 @@ class WrittenOut:
         layers, length = encoder["layers"], x.shape[1]
         for layer in range(c.num_encoder_layers):
             h = self.norm(x, layers["pre_attention_layer_norm"]["scale"][layer])
-            blocks, bias = self.bank["encoder"]["attention"], self.bias("encoder", layer, length, True)
+            blocks, bias = self.bank["encoder"]["layers"]["attention"], self.bias("encoder", layer, length, True)
             x = x + self.attend(h, h, layers["attention"], blocks, layer, bias, valid)
             h = self.norm(x, layers["pre_mlp_layer_norm"]["scale"][layer])
             x = x + self.feed_forward(h, layers["mlp"], layer)
@@ -266,10 +266,10 @@ class WrittenOut:
         causal = np.tril(np.ones((length, length), bool))[None]
         for layer in range(c.num_decoder_layers):
             h = self.norm(x, layers["pre_self_attention_layer_norm"]["scale"][layer])
-            blocks, bias = self.bank["decoder"]["self_attention"], self.bias("decoder", layer, length, False)
+            blocks, bias = self.bank["decoder"]["layers"]["self_attention"], self.bias("decoder", layer, length, False)
             x = x + self.attend(h, h, layers["self_attention"], blocks, layer, bias, causal)
             h = self.norm(x, layers["pre_cross_attention_layer_norm"]["scale"][layer])
-            blocks, none = self.bank["decoder"]["encoder_decoder_attention"], np.zeros(c.num_heads)
+            blocks, none = self.bank["decoder"]["layers"]["encoder_decoder_attention"], np.zeros(c.num_heads)
             x = x + self.attend(h, encoded, layers["encoder_decoder_attention"], blocks, layer, none, valid)
             h = self.norm(x, layers["pre_mlp_layer_norm"]["scale"][layer])
             x = x + self.feed_forward(h, layers["mlp"], layer)

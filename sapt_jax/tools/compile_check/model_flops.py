@@ -7,26 +7,23 @@ What rematerialisation computes again is no work of the model. Attention counts 
 """
 
 import dataclasses
-from typing import Any
+import math
 
-from sapt_jax.models.shapes import T5Config
-from sapt_jax.pet import Pet
+import flax.linen as nn
+from flax.traverse_util import flatten_dict
+
+from sapt_jax.models.families import family_of, parameters
+from sapt_jax.models.work import Work
+from sapt_jax.pet import Mixture
 
 
 @dataclasses.dataclass(frozen=True)
 class Matmuls:
     """FLOPs of a forward pass: with frozen matrices, between activations, and with LoRA blocks."""
 
-    frozen: int = 0
-    attention: int = 0
-    adapters: int = 0
-
-    def __add__(self, other: "Matmuls") -> "Matmuls":
-        return Matmuls(self.frozen + other.frozen, self.attention + other.attention, self.adapters + other.adapters)
-
-    def times(self, n: int) -> "Matmuls":
-        """`n` of them."""
-        return Matmuls(self.frozen * n, self.attention * n, self.adapters * n)
+    frozen: int
+    attention: int
+    adapters: int
 
     @property
     def forward(self) -> int:
@@ -37,60 +34,35 @@ class Matmuls:
         return 2 * self.frozen + 3 * self.attention + 3 * self.adapters
 
 
-def _attention(shape: Any, columns: int, queries: int, keys: int, projected_keys: int) -> Matmuls:
-    """Projections and products of one attention over `keys` positions, of which `projected_keys` are new."""
-    d = shape.d_model
-    width = shape.num_heads * shape.head_dim
-    kv_width = getattr(shape, "num_kv_heads", shape.num_heads) * shape.head_dim
+def teacher_forced(model: nn.Module, mixture: Mixture, source: int, target: int) -> Matmuls:
+    """One row of a training batch.
+
+    Args:
+      model: of `models.families`.
+      mixture: arrays or `jax.ShapeDtypeStruct`s.
+      source, target: tokens of the row, without the mixture's prompt.
+    """
+    work = family_of(model.config).teacher_forced(model.config, source + _prompt_length(mixture), target)
+    return _matmuls(model, mixture, work)
+
+
+def decoded(model: nn.Module, mixture: Mixture, source: int, new_tokens: int, beams: int) -> Matmuls:
+    """One answer of `new_tokens` to `source` tokens with a cache of its final length; `teacher_forced`'s arguments."""
+    work = family_of(model.config).decoded(model.config, source + _prompt_length(mixture), new_tokens, beams)
+    return _matmuls(model, mixture, work)
+
+
+def _prompt_length(mixture: Mixture) -> int:
+    return 0 if mixture.prompt is None else mixture.prompt.shape[1]
+
+
+def _matmuls(model: nn.Module, mixture: Mixture, work: Work) -> Matmuls:
+    shape, blocks = model.config, flatten_dict(mixture.blocks or {}, sep="/")
+    kernels = {path: math.prod(parameter.shape) for path, parameter in parameters(model).items()}
+    # A block's two factors, .../a and .../b, are applied where their module's kernel is.
+    factors = [(f"{path.rpartition('/')[0]}/kernel", math.prod(leaf.shape)) for path, leaf in blocks.items()]
     return Matmuls(
-        frozen=2 * d * (2 * width * queries + 2 * kv_width * projected_keys),
-        attention=4 * queries * keys * width,
-        adapters=2 * columns * ((d + width) * queries + (d + kv_width) * projected_keys),
+        frozen=2 * sum(size * work.positions(path) for path, size in kernels.items()),
+        attention=4 * work.pairs * shape.num_heads * shape.head_dim,
+        adapters=2 * sum(size * work.positions(path) for path, size in factors),
     )
-
-
-def _mlp(shape: Any, positions: int) -> Matmuls:
-    matrices = 3 if getattr(shape, "gated", True) else 2
-    return Matmuls(frozen=2 * matrices * shape.d_model * shape.d_ff * positions)
-
-
-def _head(shape: Any, positions: int) -> Matmuls:
-    return Matmuls(frozen=2 * shape.d_model * shape.vocab_size * positions)
-
-
-def _columns(pet: Pet, capacity: int) -> int:
-    return getattr(pet, "rank", 0) * capacity
-
-
-def teacher_forced(shape: Any, pet: Pet, capacity: int, source: int, target: int) -> Matmuls:
-    """One row of a training batch: `source` and `target` tokens, a bank of `capacity` blocks."""
-    columns, source = _columns(pet, capacity), source + pet.prompt_length
-    if isinstance(shape, T5Config):
-        self_attention = _attention(shape, columns, target, target, target)
-        cross = _attention(shape, columns, target, source, source)
-        decoder = self_attention + cross + _mlp(shape, target)
-        return _encoder(shape, columns, source) + decoder.times(shape.num_decoder_layers) + _head(shape, target)
-    positions = source + target - 1
-    layer = _attention(shape, columns, positions, positions, positions) + _mlp(shape, positions)
-    return layer.times(shape.num_layers) + _head(shape, target)
-
-
-def _encoder(shape: T5Config, columns: int, source: int) -> Matmuls:
-    layer = _attention(shape, columns, source, source, source) + _mlp(shape, source)
-    return layer.times(shape.num_encoder_layers)
-
-
-def decoded(shape: Any, pet: Pet, capacity: int, source: int, new_tokens: int, beams: int) -> Matmuls:
-    """One answer of `new_tokens` to `source` tokens, with a cache of the answer's final length."""
-    columns, source = _columns(pet, capacity), source + pet.prompt_length
-    steps = (new_tokens - 1) * beams
-    if isinstance(shape, T5Config):
-        self_attention = _attention(shape, columns, 1, new_tokens + 1, 1)
-        layer = self_attention + _mlp(shape, 1)
-        first = layer + _attention(shape, columns, 1, source, source)
-        later = layer + _attention(shape, columns, 1, source, 0)
-        decoder = (first + later.times(steps)).times(shape.num_decoder_layers)
-        return _encoder(shape, columns, source) + decoder + _head(shape, 1 + steps)
-    first = _attention(shape, columns, source, source, source) + _mlp(shape, source)
-    later = _attention(shape, columns, 1, source + new_tokens, 1) + _mlp(shape, 1)
-    return (first + later.times(steps)).times(shape.num_layers) + _head(shape, 1 + steps)
