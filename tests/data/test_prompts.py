@@ -7,8 +7,11 @@ from sapt_jax.data.prompts import TEMPLATES, choose_reference, encode_answer, en
 from sapt_jax.data.task import Instance
 from tests.helpers.data_fakes import WordTokenizer, rules
 
+NAMES = ("superni", "long_sequence", "plain")
+
 
 def test_templates_are_the_papers():
+    assert TEMPLATES.keys() == set(NAMES)
     assert "".join(make_prompt("superni", " Say it. \n", " in\n")) == (
         "Definition: Say it.\n\nNow complete the following example -\nInput:  in\n\nOutput: "
     )
@@ -20,7 +23,7 @@ def test_templates_are_the_papers():
 
 
 @pytest.mark.parametrize("family", ["decoder_only", "encoder_decoder"])
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", NAMES)
 @pytest.mark.parametrize("trial", range(4))
 def test_middle_truncation_keeps_head_and_tail_and_both_ends_of_the_input(family, template, trial):
     rng = np.random.default_rng([21, trial])

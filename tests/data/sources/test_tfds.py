@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sapt_jax.data.benchmarks import load_task
-from sapt_jax.data.sources.tfds_builders import PUBLISHED_SIZES, prepare
+from sapt_jax.data.sources.tfds_builders import prepare
 from sapt_jax.data.sources.tfds_public import PUBLIC_TASKS
 
 LOAD = dict(dev_size=0, dev_is_test=False, max_train=0, max_dev=0, max_test=0, seed=0, on_bad_instance="error")
@@ -52,25 +52,47 @@ def test_faulty_rows_are_prepared_and_left_to_the_runs_setting(tmp_path):
     assert len(load_task("cb", **{**options, "on_bad_instance": "skip"}).train) == 1
 
 
-# One row of every public dataset, with its features as TFDS declares them, and the text it has to become.
-TEXTS = {
-    "mnli": ({"premise": "P", "hypothesis": "H"}, "sentence 1: P\nsentence 2: H"),
-    "cb": ({"premise": "P", "hypothesis": "H"}, "sentence 1: P\nsentence 2: H"),
-    "rte": ({"premise": "P", "hypothesis": "H"}, "sentence 1: P\nsentence 2: H"),
-    "wic": ({"word": "W", "sentence1": "S", "sentence2": "T"}, "word: W\nS\nT"),
+ENTAILMENT = {"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"}
+TRUTH = {"False": "False", "True": "True"}
+SENTENCES = ({"premise": "P", "hypothesis": "H"}, "sentence 1: P\nsentence 2: H")
+# Of every public dataset: its name and test split in TFDS, the answer for each of its labels, a row with its features
+# as TFDS declares them, and the text that the row has to become.
+PUBLIC = {
+    "mnli": ("glue/mnli", "validation_matched", ENTAILMENT, *SENTENCES),
+    "cb": ("super_glue/cb", "validation", ENTAILMENT, *SENTENCES),
+    "rte": (
+        *("super_glue/rte", "validation", {"entailment": "entailment", "not_entailment": "contradiction"}),
+        *SENTENCES,
+    ),
+    "wic": (
+        *("super_glue/wic", "validation", TRUTH),
+        *({"word": "W", "sentence1": "S", "sentence2": "T"}, "word: W\nS\nT"),
+    ),
     "copa": (
+        *("super_glue/copa", "validation", {"choice1": "A", "choice2": "B"}),
         {"premise": "P", "question": "cause", "choice1": "C", "choice2": "D"},
         'Which sentence is the cause of "P"? Choose one between A and B.\nA: C\nB: D',
     ),
-    "qqp": ({"question1": "Q", "question2": "R"}, "first sentence: Q\nsecond sentence: R"),
-    "boolq": ({"question": "Q", "passage": "P"}, "question: Q\npassage: P"),
+    "qqp": (
+        *("glue/qqp", "validation", {"not_duplicate": "no", "duplicate": "yes"}),
+        *({"question1": "Q", "question2": "R"}, "first sentence: Q\nsecond sentence: R"),
+    ),
+    "boolq": (
+        *("super_glue/boolq", "validation", TRUTH),
+        *({"question": "Q", "passage": "P"}, "question: Q\npassage: P"),
+    ),
     "multirc": (
+        *("super_glue/multirc", "validation", TRUTH),
         {"paragraph": "P", "question": "Q", "answer": "A"},
         "paragraph: P\nquestion: Q\ncandidate answer: A",
     ),
-    "imdb": ({"text": "T"}, "T"),
-    "sst2": ({"sentence": "S "}, "Text: S "),
-    "agnews": ({"title": "T", "description": "D"}, "Title: T\nText: D\n"),
+    "imdb": ("imdb_reviews/plain_text", "test", {"neg": "Bad", "pos": "Good"}, {"text": "T"}, "T"),
+    "sst2": ("glue/sst2", "validation", {"negative": "Bad", "positive": "Good"}, {"sentence": "S "}, "Text: S "),
+    "agnews": (
+        *("ag_news_subset", "test"),
+        {"World": "World", "Sports": "Sports", "Business": "Business", "Sci/Tech": "Science or Technology"},
+        *({"title": "T", "description": "D"}, "Title: T\nText: D\n"),
+    ),
 }
 
 
@@ -96,18 +118,22 @@ def write_fake(root, dataset, labels, splits, file_format="array_record"):
     builder(config=config or None, data_dir=str(root), file_format=file_format).download_and_prepare()
 
 
-@pytest.mark.parametrize("name", PUBLIC_TASKS)
+def test_the_public_datasets_are_these():
+    assert PUBLIC_TASKS.keys() == PUBLIC.keys()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_rows_take_the_form_of_the_benchmark(tmp_path, name):
-    public = PUBLIC_TASKS[name]
-    row, text = TEXTS[name]
-    labels = list(public.answers)
-    every = [(row, label) for label in range(len(labels))]
-    write_fake(tmp_path, public.dataset, labels, {"train": every, public.test: every[:1], "unused": every})
+    dataset, test_split, answers, row, text = PUBLIC[name]
+    every = [(row, label) for label in range(len(answers))]
+    write_fake(tmp_path, dataset, list(answers), {"train": every, test_split: every[:1], "unused": every})
     options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds_public", **LOAD)
     task = load_task(name, **options)
     assert {instance.input for instance in task.train} == {text}
-    assert sorted(i.outputs[0] for i in task.train) == sorted(public.answers.values())
-    assert len(task.test) == 1 and task.metric == "exact_match"
+    # Samples are shuffled; the test row has the first label.
+    assert sorted(i.outputs[0] for i in task.train) == sorted(answers.values())
+    assert [i.outputs[0] for i in task.test] == [next(iter(answers.values()))]
+    assert task.metric == "exact_match"
     assert "tensorflow" not in sys.modules
 
 
@@ -117,7 +143,7 @@ def test_public_samples_are_seeded_and_have_the_published_size(tmp_path):
     write_fake(tmp_path, "super_glue/cb", labels, {"train": rows, "validation": rows[:60]})
     options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds_public")
     task = load_task("cb", **options, **LOAD)
-    assert (len(task.train), len(task.test)) == PUBLISHED_SIZES["cb"]
+    assert (len(task.train), len(task.test)) == (250, 56)
     assert task == load_task("cb", **options, **LOAD)
     other = load_task("cb", **options, **{**LOAD, "seed": 1})
     assert {i.input for i in task.train} != {i.input for i in other.train}
