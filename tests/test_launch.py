@@ -277,12 +277,26 @@ def test_slurm_stops_at_the_time_limit_and_queues_again(stage):
     ]
 
 
+# What the manifests are filled with, other than what the comment says of it.
+GKE = {
+    "NAME": "mine",
+    "IMAGE": "registry/image",
+    "ACCELERATOR": "an-accelerator",
+    "TOPOLOGY": "2x4",
+    "HOSTS": "3",
+    "CHIPS": "5",
+    "CLAIM": "a-claim",
+    "CONFIG": "configs/t5_tiny.py",
+    "WORKDIR": "/data/runs/tiny",
+}
+
+
 def gke(text):
-    """The manifests with the variables that the comment sets."""
-    values = dict(re.findall(r'^#   export (\w+)="([^"]*)"', text, re.MULTILINE))
-    used = set(re.findall(r"\$\{(\w+)\}", text))
-    assert used == values.keys()
-    return values, list(yaml.safe_load_all(re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], text)))
+    """The manifests with GKE's values for the variables that the comment sets."""
+    told = re.findall(r'^#   export (\w+)="[^"]+"', text, re.MULTILINE)
+    assert set(re.findall(r"\$\{(\w+)\}", text)) == set(told)
+    values = {name: GKE[name] for name in told}
+    return list(yaml.safe_load_all(re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], text)))
 
 
 @pytest.mark.parametrize("accelerator", ("tpu", "gpu"))
@@ -291,8 +305,8 @@ def test_gke_manifests(accelerator):
     if accelerator == "gpu":
         text = re.sub(r"^ *cloud.google.com/gke-tpu.*\n|^ *google.com/tpu.*\n", "", text, flags=re.MULTILINE)
         text = text.replace("# GPU: ", "").replace("#   export TOPOLOGY", "#")
-    values, (account, role, binding, jobset) = gke(text)
-    assert (account["kind"], account["metadata"]["name"]) == ("ServiceAccount", values["NAME"])
+    account, role, binding, jobset = gke(text)
+    assert (account["kind"], account["metadata"]["name"]) == ("ServiceAccount", "mine")
     # What jax's Kubernetes detection asks for.
     allowed = {(rule["apiGroups"][0], name) for rule in role["rules"] for name in rule["resources"]}
     assert allowed == {("", "pods"), ("", "services"), ("batch", "jobs")}
@@ -308,7 +322,7 @@ def test_gke_manifests(accelerator):
     assert hosts.keys() == {"name", "replicas", "template"} and hosts["replicas"] == 1
     job = hosts["template"]["spec"]
     assert job.keys() == {"completionMode", "completions", "parallelism", "backoffLimit", "template"}
-    assert job["completions"] == job["parallelism"] == int(values["HOSTS"])
+    assert job["completions"] == job["parallelism"] == 3
     # One pod that fails stops its Job at once; the JobSet starts all of them anew.
     assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
     pod = job["template"]["spec"]
@@ -316,18 +330,19 @@ def test_gke_manifests(accelerator):
     (container,) = pod["containers"]
     assert container["command"] + container["args"] == [
         *("python", "-m", "sapt_jax.main", "--distributed"),
-        *(f"--config={values['CONFIG']}", f"--workdir={values['WORKDIR']}"),
+        *("--config=configs/t5_tiny.py", "--workdir=/data/runs/tiny"),
     ]
     device, label = {
         "tpu": ("google.com/tpu", "cloud.google.com/gke-tpu-accelerator"),
         "gpu": ("nvidia.com/gpu", "cloud.google.com/gke-accelerator"),
     }[accelerator]
-    assert container["resources"]["limits"] == {device: int(values["CHIPS"])}
-    assert pod["nodeSelector"][label] == values["ACCELERATOR"]
-    assert ("cloud.google.com/gke-tpu-topology" in pod["nodeSelector"]) == (accelerator == "tpu")
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert [volume["name"] for volume in pod["volumes"]] == list(mounts)
-    assert values["WORKDIR"].startswith(f"{mounts['data']}/")
+    assert container["resources"]["limits"] == {device: 5}
+    assert pod["nodeSelector"][label] == "an-accelerator"
+    topology = pod["nodeSelector"].get("cloud.google.com/gke-tpu-topology")
+    assert topology == ("2x4" if accelerator == "tpu" else None)
+    assert container["image"] == "registry/image"
+    assert container["volumeMounts"] == [{"name": "data", "mountPath": "/data"}]
+    assert pod["volumes"] == [{"name": "data", "persistentVolumeClaim": {"claimName": "a-claim"}}]
     assert {entry["name"]: entry["value"] for entry in container["env"]} == {"SAPT_DATA_DIR": "/data"}
-    names = [values["NAME"], hosts["name"], container["name"]]
+    names = [hosts["name"], container["name"]]
     assert all(re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) for name in names)

@@ -34,3 +34,10 @@ def test_the_version_is_one():
 def test_the_version_is_read_without_jax():
     code = "import sapt_jax, sys; assert sapt_jax.__version__; assert 'jax' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_the_readme_names_files_that_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    names = set(re.findall(r"(?<![\w/])(?:sapt_jax|configs|benchmarks|launch)/[\w./]*\w", text))
+    assert len(names) > 10
+    assert sorted(name for name in names if not (REPOSITORY / name).exists()) == []
