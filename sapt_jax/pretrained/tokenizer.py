@@ -215,7 +215,6 @@ def _from_json(file: Path) -> Tokenizer:
     except Exception as error:
         raise ValueError(f"{file} is not a valid tokenizer.json ({error}): fetch it anew") from error
     vocabulary = stored.get_vocab(with_added_tokens=True)
-    # transformers would add an end token that the vocabulary lacks, with an id that the model does not have.
     settings = _Settings(file.parent, vocabulary)
     bos, eos, pad = (settings.special(name) for name in ("bos", "eos", "pad"))
     # Not AutoTokenizer, which rebuilds LLaMA's and T5's from their vocabularies: texts that begin with a space then
@@ -227,10 +226,13 @@ def _from_json(file: Path) -> Tokenizer:
     return _tokenizer(file, max(vocabulary.values()) + 1, pad, eos, bos, add_bos, TransformersBackend(model))
 
 
-def _names(model: tokenizers.Tokenizer, **ids: int | None) -> dict[str, str]:
-    """What transformers calls the special tokens, for templates that write them."""
-    names = {f"{name}_token": model.id_to_token(i) for name, i in ids.items() if i is not None and i >= 0}
-    return {name: token for name, token in names.items() if token is not None}
+def _names(model: tokenizers.Tokenizer, **ids: int | None) -> dict[str, str | None]:
+    """What transformers is told of special tokens: those that the vocabulary has, for templates that write them.
+
+    It would add any other that a folder names, and an unknown token that it cannot add sends it round in circles.
+    """
+    names = {f"{name}_token": None if i is None or i < 0 else model.id_to_token(i) for name, i in ids.items()}
+    return {**names, "unk_token": None}
 
 
 def _from_gguf(file: Path) -> Tokenizer:
@@ -289,7 +291,8 @@ class _Settings:
             token = token.get("content") if isinstance(token, dict) else token
             if token in self._vocabulary:
                 return self._vocabulary[token]
-            if token is not None and own < 0 and name != "pad":
+            # The first release of LLaMA 1 names its tokens "".
+            if token and own < 0 and name != "pad":
                 raise ValueError(f"{self._folder / file}: {name}_token {token!r} is not in the vocabulary")
         if own >= 0:
             return own

@@ -207,6 +207,8 @@ def test_the_end_token_is_looked_up_in_order(tmp_path):
     assert load_tokenizer(tmp_path).eos_id == 5
     write_json(tmp_path / "generation_config.json", eos_token_id=[4, 5])
     assert load_tokenizer(tmp_path).eos_id == 4
+    write_json(tmp_path / "tokenizer_config.json", eos_token="", bos_token="", unk_token="")
+    assert load_tokenizer(tmp_path).eos_id == 4
     write_json(tmp_path / "special_tokens_map.json", eos_token="<|pad|>")
     assert load_tokenizer(tmp_path).eos_id == 2
     write_json(tmp_path / "tokenizer_config.json", eos_token={"content": "<|start|>"})
