@@ -1,9 +1,9 @@
 """The four settings of the paper's runs, as its released scripts have them (circle-hit/SAPT, gen_script_*.py).
 
 What the scripts leave at its default is the default of transformers 4.30: AdamW (0.9, 0.999, 1e-8), no weight decay,
-clip 1.0, seed 42, which are the defaults of sapt_jax/config.py. Where those mend the protocol (a masked pool, a dev set of its own, true
-gradients), these keep it mended, and the argument `protocol=released` brings the released behaviour back. T5's own
-dropout, 0.1 in the released code, is off.
+clip 1.0, seed 42, which are those of sapt_jax/config.py. Where that mends the protocol (a masked pool, a dev set of its
+own, true gradients), these keep it mended, and the argument `protocol=released` brings the released behaviour back.
+T5's own dropout, 0.1 in the released code, is off.
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +43,7 @@ def parse_argument(argument: str, **defaults: str) -> dict[str, str]:
 
 
 def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
-    """Sets every switch of the protocol as sapt_jax/config.py has it ("mended") or as the released code had it ("released").
+    """Sets every switch of the protocol as by default ("mended") or as the released code had it ("released").
 
     The released code picks the best checkpoint on the test set, pools over padding, cuts the end of a long prompt and
     with it "Output: ", draws one of several references for training and scoring alike, keeps rows without an answer,

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
-
-from sapt_jax import pet
 from sapt_jax.decoding.search import extend_until_end, most_likely
 from sapt_jax.losses import token_cross_entropy
+
+from sapt_jax import pet
 from sapt_jax.models.llama import ACTIVATIONS, Llama
 from sapt_jax.models.shapes import LLAMA_VARIANTS, LlamaConfig, llama_config_from_hf
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config

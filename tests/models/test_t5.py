@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from sapt_jax.losses import token_cross_entropy
 
 from sapt_jax import pet
-from sapt_jax.losses import token_cross_entropy
 from sapt_jax.models.shapes import T5_VARIANTS, T5Config, t5_config_from_hf
 from sapt_jax.models.t5 import T5, relative_buckets
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config
