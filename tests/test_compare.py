@@ -25,7 +25,7 @@ def _write(folder, method, matrix, task_order=("a", "b")):
 @pytest.fixture
 def two_runs(tmp_path):
     _write(tmp_path / "one", "sapt", np.array([[50.0, np.nan], [48.5, 60.0]]))
-    _write(tmp_path / "two", "seq_lora", np.array([[51.0, np.nan], [7.5, 61.0]]))
+    _write(tmp_path / "two", "sequential", np.array([[51.0, np.nan], [7.5, 61.0]]))
     return [str(tmp_path / "one"), str(tmp_path / "two")]
 
 
@@ -52,7 +52,7 @@ def test_a_run_beside_itself(two_runs):
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_got(two_runs, tmp_path):
-    _write(tmp_path / "part", "seq_lora", np.array([[51.0, np.nan], [np.nan, np.nan]]))
+    _write(tmp_path / "part", "sequential", np.array([[51.0, np.nan], [np.nan, np.nan]]))
     output = io.StringIO()
     assert compare.main([two_runs[0], str(tmp_path / "part")], output) == 0
     assert "51.0 →     –" in output.getvalue()
@@ -61,6 +61,6 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got(two_runs, tmp_path):
 def test_what_cannot_be_compared_is_one_line_on_stderr(two_runs, tmp_path, capsys):
     assert compare.main([two_runs[0], str(tmp_path / "absent")], io.StringIO()) == 2
     assert "absent/scores.json: no such file" in capsys.readouterr().err
-    _write(tmp_path / "other", "seq_lora", np.array([[51.0, np.nan], [7.5, 61.0]]), task_order=("b", "a"))
+    _write(tmp_path / "other", "sequential", np.array([[51.0, np.nan], [7.5, 61.0]]), task_order=("b", "a"))
     assert compare.main([two_runs[0], str(tmp_path / "other")], io.StringIO()) == 2
     assert "different task orders" in capsys.readouterr().err

@@ -8,43 +8,42 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import ablations, common, paper
-from sapt_jax.config import check_config, flatten
+from configs import ablations, paper
+from sapt_jax.config import check_config, flatten, make_method
 from sapt_jax.data.benchmarks import TASK_ORDERS, resolve_task_order
 from sapt_jax.models.families import DTYPES, VARIANTS
-from sapt_jax.run import make_method
 
-FOLDER = Path(common.__file__).parent
-NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "common", "paper"))
+FOLDER = Path(paper.__file__).parent
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "paper"))
 PAPER = [name for name in NAMES if name.startswith(("t5_", "llama2_")) and name != "t5_tiny"]
 
 # Read off the paper's released scripts; kl_ratio weighs the mean KL over one update's pseudo-samples.
 TABLE = {
     ("t5", "superni"): {
         "optimizer.learning_rate": 3e-4, "train.epochs": 100, "train.batch_size": 32, "eval.batch_size": 128,
-        "data.max_source_length": 512, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0, "kl_ratio": 2.0,
-        "pseudo_samples.dir": "lora_gen_superni_t5", "attention.query_init_std": None,
+        "data.max_source_length": 512, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0,
+        "sapt.kl_ratio": 2.0, "pseudo_samples.dir": "lora_gen_superni_t5", "sapt.query_init_std": None,
     },
     ("t5", "long"): {
         "optimizer.learning_rate": 3e-4, "train.epochs": 10, "train.batch_size": 32, "eval.batch_size": 128,
-        "data.max_source_length": 512, "data.max_target_length": 50, "pet.rank": 8, "pet.alpha": 32.0, "kl_ratio": 0.2,
-        "pseudo_samples.dir": "lora_gen_long_t5", "attention.query_init_std": None,
+        "data.max_source_length": 512, "data.max_target_length": 50, "pet.rank": 8, "pet.alpha": 32.0,
+        "sapt.kl_ratio": 0.2, "pseudo_samples.dir": "lora_gen_long_t5", "sapt.query_init_std": None,
     },
     ("llama2", "superni"): {
         "optimizer.learning_rate": 5e-5, "train.epochs": 50, "train.batch_size": 32, "eval.batch_size": 32,
-        "data.max_source_length": 1024, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0, "kl_ratio": 1.0,
-        "pseudo_samples.dir": "lora_gen_superni_llama", "attention.query_init_std": 0.02,
+        "data.max_source_length": 1024, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0,
+        "sapt.kl_ratio": 1.0, "pseudo_samples.dir": "lora_gen_superni_llama", "sapt.query_init_std": 0.02,
     },
     ("llama2", "long"): {
         "optimizer.learning_rate": 5e-5, "train.epochs": 20, "train.batch_size": 32, "eval.batch_size": 32,
-        "data.max_source_length": 1024, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0, "kl_ratio": 2.0,
-        "pseudo_samples.dir": "lora_gen_long_llama", "attention.query_init_std": 0.02,
+        "data.max_source_length": 1024, "data.max_target_length": 50, "pet.rank": 4, "pet.alpha": 32.0,
+        "sapt.kl_ratio": 2.0, "pseudo_samples.dir": "lora_gen_long_llama", "sapt.query_init_std": 0.02,
     },
 }  # fmt: skip
 EVERYWHERE = {
-    "optimizer.schedule": "constant", "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0.0,
-    "optimizer.max_grad_norm": 1.0, "optimizer.beta1": 0.9, "optimizer.beta2": 0.999, "optimizer.epsilon": 1e-8,
-    "optimizer.query_projection_learning_rate": None, "attention.query_hidden": 100, "attention.temperature": 1.0,
+    "optimizer.schedule": "constant", "optimizer.warmup_steps": 0, "optimizer.name": "adamw",
+    "optimizer.options": (("weight_decay", 0.0),), "optimizer.max_grad_norm": 1.0, "optimizer.rates": ((".*", 1.0),),
+    "sapt.query_hidden": 100, "sapt.temperature": 1.0,
     "model.dtype": "bfloat16", "eval.max_new_tokens": 50, "seed": 42, "method": "sapt",
     "pseudo_samples.source": "files", "train.eval_every_epochs": 5,
 }  # fmt: skip
@@ -127,14 +126,22 @@ def test_argument_reaches_the_config_from_the_command_line(monkeypatch):
     assert holder.value.pet.rank == 2
 
 
-@pytest.mark.parametrize("name", ablations.ABLATIONS)
-def test_an_ablation_is_a_delta(name):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("without_arm", {"sapt.kl_ratio": 0.0}),
+        ("without_attentive_learning", {"sapt.learning": "own"}),
+        ("without_attentive_selection", {"sapt.selection": "mean"}),
+        ("mean_attention", {"sapt.learning": "mean", "sapt.selection": "mean"}),
+    ],
+)
+def test_an_ablation_is_a_delta(name, expected):
     whole = flatten(importlib.import_module("configs.demo").get_config())
     config = ablations.get_config(f"name={name},of=demo")
     check_config(config)
     delta = {field: value for field, value in flatten(config).items() if value != whole[field]}
     # The demo has a warm start already.
-    assert delta == {k: v for k, v in ablations.ABLATIONS[name].items() if k != "attention.warm_start_steps"}
+    assert delta == expected
     assert make_method(config) != make_method(importlib.import_module("configs.demo").get_config())
 
 
@@ -149,7 +156,7 @@ def test_one_argument_brings_the_released_protocol_back(name):
     is_llama = name.startswith("llama2")
     expected = {
         "data.dev_is_test": True,
-        "attention.pool_padding": True,
+        "sapt.pool_padding": True,
         "data.truncation": "end",
         "data.references": "random",
         "eval.references": "random",

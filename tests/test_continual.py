@@ -54,9 +54,9 @@ def test_earlier_slots_stay_as_committed(finished):
             axis = 2 if name.endswith("['a']") else 1
             np.testing.assert_array_equal(np.take(first[name], 0, axis), np.take(last[name], 0, axis))
             assert np.any(np.take(last[name], 2, axis)) and not np.any(np.take(first[name], 2, axis))
-    np.testing.assert_array_equal(first["['keys']"][0], last["['keys']"][0])
-    np.testing.assert_array_equal(first["['targets']"][0], [1, 0, 0])
-    np.testing.assert_allclose(last["['targets']"].sum(axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(first["['memory']['keys']"][0], last["['memory']['keys']"][0])
+    np.testing.assert_array_equal(first["['memory']['reflection_targets']"][0], [1, 0, 0])
+    np.testing.assert_allclose(last["['memory']['reflection_targets']"].sum(axis=1), 1.0, rtol=1e-6)
 
 
 def test_the_same_command_again_changes_nothing(finished, data_dir):
@@ -120,8 +120,8 @@ def test_a_finished_run_takes_more_tasks(finished, data_dir, tmp_path):
     assert after.keys() == {"00-shout", "01-mirror", "02-first"}
     assert_same_arrays(before, {name: after[name] for name in before})
     old, new = before["01-mirror"], after["02-first"]
-    assert old["['keys']"].shape[0] == 2 and new["['keys']"].shape[0] == 3
-    np.testing.assert_array_equal(old["['keys']"], new["['keys']"][:2])
+    assert old["['memory']['keys']"].shape[0] == 2 and new["['memory']['keys']"].shape[0] == 3
+    np.testing.assert_array_equal(old["['memory']['keys']"], new["['memory']['keys']"][:2])
     for name in old:
         if name.startswith("['bank']"):
             axis = 2 if name.endswith("['a']") else 1
@@ -175,18 +175,19 @@ def test_unseen_tasks_are_tested_after_the_last(finished, data_dir):
 
 
 def test_sequential_lora_shares_the_loop_and_its_scores_serve_forward_transfer(data_dir, tmp_path):
-    scores = continual.run(tiny_config(data_dir, method="seq_lora", task_order="shout,mirror"), tmp_path / "both")
+    scores = continual.run(tiny_config(data_dir, method="sequential", task_order="shout,mirror"), tmp_path / "both")
     assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(2)]).all()
     assert scores["summary"]["FWT"] is None
-    assert committed(tmp_path / "both")["01-mirror"]["['keys']"].shape[0] == 1
+    bank = {name: x for name, x in committed(tmp_path / "both")["01-mirror"].items() if name.startswith("['bank']")}
+    assert all(x.shape[2 if name.endswith("['a']") else 1] == 1 for name, x in bank.items())
     with pytest.raises(ValueError, match="tasks share a block"):
-        config = tiny_config(data_dir, method="seq_lora", task_order="shout,mirror", disabled_tasks="shout")
+        config = tiny_config(data_dir, method="sequential", task_order="shout,mirror", disabled_tasks="shout")
         continual.run(config, tmp_path / "both")
 
     for name in ("shout", "mirror"):
-        continual.run(tiny_config(data_dir, method="seq_lora", task_order=name), tmp_path / name)
+        continual.run(tiny_config(data_dir, method="sequential", task_order=name), tmp_path / name)
     overrides = {"eval.single_task_runs": f"{tmp_path / 'shout'},{tmp_path / 'mirror'}"}
-    config = tiny_config(data_dir, method="seq_lora", task_order="shout,mirror", **overrides)
+    config = tiny_config(data_dir, method="sequential", task_order="shout,mirror", **overrides)
     again = continual.run(config, tmp_path / "both")
     alone = [json.loads((tmp_path / name / "scores.json").read_text())["matrix"][0][0] for name in ("shout", "mirror")]
     np.testing.assert_allclose(again["summary"]["FWT"], np.mean(np.diag(scores["matrix"]) - alone), atol=1e-9)

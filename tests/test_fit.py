@@ -3,12 +3,18 @@
 import json
 import logging
 
+import jax
 import numpy as np
 import pytest
 
 from sapt_jax import continual
+from sapt_jax import fit as fit_module
+from sapt_jax import run as run_module
 from sapt_jax.fit import _after_evaluation, total_steps
-from sapt_jax.storage.checkpoints import Loop
+from sapt_jax.methods import Sapt
+from sapt_jax.programs import Programs, make_programs
+from sapt_jax.storage.checkpoints import Loop, latest_step
+from tests.helpers.run_files import assert_same_arrays, committed
 from tests.helpers.tiny import tiny_config, write_tasks
 
 
@@ -50,10 +56,73 @@ def test_early_stop_keeps_the_best_and_logs_every_interval(tmp_path):
 def test_a_closed_gate_is_told(tmp_path, caplog, kl_ratio, warned):
     """A reflection loss this strong leaves the second task no attention."""
     data_dir = write_tasks(tmp_path / "data", tasks=("shout", "mirror"))
-    overrides = {"train.epochs": 8, "optimizer.learning_rate": 3e-2, "data.dev_size": 1, "train.eval_every_epochs": 8}
-    config = tiny_config(data_dir, task_order="shout,mirror", kl_ratio=kl_ratio, **overrides)
+    overrides = {"sapt.kl_ratio": kl_ratio, "train.epochs": 8, "optimizer.learning_rate": 3e-2, "data.dev_size": 1}
+    overrides["train.eval_every_epochs"] = 8
+    config = tiny_config(data_dir, task_order="shout,mirror", **overrides)
     with caplog.at_level(logging.WARNING, logger="sapt_jax.fit"):
         continual.run(config, tmp_path / "run")
     told = [record.getMessage() for record in caplog.records if "the mean attention on the new slot" in record.message]
     assert bool(told) == warned
     assert all(message.startswith("mirror") for message in told)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    data_dir = write_tasks(tmp_path / "data", tasks=("shout",))
+    overrides = {"train.epochs": 6, "train.checkpoint_every_steps": 2, "train.log_every_steps": 1, "data.dev_size": 0}
+    config = tiny_config(data_dir, task_order="shout", **overrides)
+    place_batch, handed = fit_module.place_batch, []
+
+    def poisoned(batch, mesh):
+        handed.append(1)
+        placed = place_batch(batch, mesh)
+        if len(handed) == 6:
+            # No token counts, and the mean over none is not finite.
+            placed["target_mask"] = placed["target_mask"] & False
+        return placed
+
+    def broken(*arguments):
+        nll, logs = token_loss(*arguments)
+        return nll / arguments[5]["target_mask"].any(), logs
+
+    token_loss = Sapt.task_loss
+    monkeypatch.setattr(Sapt, "task_loss", broken)
+    monkeypatch.setattr(fit_module, "place_batch", poisoned)
+    message = "step 6 of task 1/1 shout: the loss is nan and the gradient's norm nan at learning rate 0.01. The step"
+    with pytest.raises(FloatingPointError, match=message):
+        continual.run(config, tmp_path / "run")
+    assert latest_step(tmp_path / "run/tasks/00-shout") == 4
+    monkeypatch.undo()
+    continual.run(config, tmp_path / "run")
+    continual.run(config, tmp_path / "whole")
+    assert_same_arrays(committed(tmp_path / "run"), committed(tmp_path / "whole"))
+
+
+def test_the_loop_moves_nothing_between_host_and_device_that_it_does_not_name(tmp_path, monkeypatch):
+    """A batch and a task are placed explicitly; a number that slipped into a call of the step would be an error."""
+    data_dir = write_tasks(tmp_path / "data", tasks=("shout", "mirror"))
+    guarded = []
+
+    class Guarded(Programs):
+        def __getattribute__(self, name):
+            found = super().__getattribute__(name)
+            if name != "train_step":
+                return found
+
+            def step(*arguments):
+                guarded.append(1)
+                with jax.transfer_guard("disallow"):
+                    return found(*arguments)
+
+            return step
+
+    monkeypatch.setattr(run_module, "make_programs", lambda *parts: Guarded(**vars(make_programs(*parts))))
+    continual.run(tiny_config(data_dir, task_order="shout,mirror"), tmp_path / "run")
+    assert len(guarded) == 8
+
+
+def test_the_profiler_records_the_steps_asked_for(tmp_path):
+    data_dir = write_tasks(tmp_path / "data", tasks=("shout",))
+    overrides = {"train.profile_steps": (2, 3), "data.dev_size": 0}
+    continual.run(tiny_config(data_dir, task_order="shout", **overrides), tmp_path / "run")
+    (trace,) = (tmp_path / "run/tensorboard/plugins/profile").glob("*/*.xplane.pb")
+    assert trace.stat().st_size > 1000

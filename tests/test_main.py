@@ -6,21 +6,19 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from sapt_jax import continual
-from sapt_jax.config import record_config
-from sapt_jax.models.llama import Llama
+from sapt_jax.config import make_method, record_config
+from sapt_jax.models.families import make_model
 from sapt_jax.models.shapes import LLAMA_VARIANTS
-from sapt_jax.pet import Lora
-from sapt_jax.state import init_frozen
 from sapt_jax.storage import checkpoints
 from tests.helpers.paths import REPOSITORY
-from tests.helpers.tiny import tiny_config, tiny_method, write_tasks
+from tests.helpers.tiny import tiny_config, write_tasks
 from tests.helpers.tiny_tokenizers import byte_level, train_bpe
+from tests.helpers.trees import empty_frozen, fresh
 
 
 @pytest.fixture
@@ -83,11 +81,9 @@ def test_no_model(data_dir, tmp_path):
 
 def make_state(config, shape):
     """What a run on a model of another shape would have committed after its first task."""
-    sites = Llama.pet_sites(shape)
-    rank, hidden = config.pet.rank, config.attention.query_hidden
-    method = tiny_method(pet=Lora(rank, 8.0, False), query_hidden=hidden)
-    trainable = method.open_task(jax.random.key(0), sites, np.zeros((9, shape.d_model)), None)
-    return init_frozen({}, method.pet, sites, shape.d_model, capacity=3), trainable
+    model, method = make_model(shape, "float32", "none"), make_method(config)
+    base = {"token_embedder": {"embedding": np.zeros((9, shape.d_model))}}
+    return empty_frozen(method, model, base, 3), fresh(method, model, base, 0)
 
 
 def test_a_run_of_another_model(data_dir, tmp_path):
@@ -107,8 +103,9 @@ def test_a_checkpoint_of_another_model(data_dir, tmp_path):
         continual.run(config, tmp_path / "run")
     message = str(error.value)
     assert str(folder / "committed") in message and "Use the config that wrote it, or a new --workdir" in message
-    assert "['keys']: the checkpoint has float32[3, 16], this run float32[3, 32]" in message
-    assert "['bank']['decoder']['self_attention']['query']['a']: the checkpoint has float32[2, 16, 3, 2]" in message
+    assert "['memory']['keys']: the checkpoint has float32[3, 16], this run float32[3, 32]" in message
+    leaf = "['bank']['decoder']['layers']['self_attention']['query']['a']"
+    assert f"{leaf}: the checkpoint has float32[2, 16, 3, 2]" in message
 
 
 def test_weights_of_another_model(data_dir, tmp_path):

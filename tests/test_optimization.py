@@ -8,25 +8,34 @@ import numpy as np
 import optax
 import pytest
 
-from sapt_jax.optimization import SCHEDULES, make_optimizer, schedule_factor
+from sapt_jax.optimization import check_rates, make_optimizer, schedule_factor
 from sapt_jax.state import Trainable
 
-SETTINGS = {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.5}
+RATES = ((r"slot/.*", 1.0), (r"selector/key", 5.0), (r"selector/query_projection/.*", 0.3))
+OPTIONS = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+PEAK, MAX_GRAD_NORM = 0.01, 1.5
 
 
 def draw(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     leaf = lambda *shape: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    slot = {"query": {"a": leaf(2, 3), "b": leaf(3, 4)}}
-    return Trainable(slot=slot, key=leaf(5), query_projection={"down": leaf(5, 2), "up": leaf(2, 5)})
+    projection = {"down": {"kernel": leaf(5, 2)}, "up": {"kernel": leaf(2, 5)}}
+    return Trainable(
+        slot={"query": {"a": leaf(2, 3), "b": leaf(3, 4)}},
+        selector={"key": leaf(5), "query_projection": projection},
+    )
 
 
 def flat(tree):
     return {
         "slot": jax.tree.leaves(tree.slot),
-        "key": [tree.key],
-        "query_projection": jax.tree.leaves(tree.query_projection),
+        "key": [tree.selector["key"]],
+        "query_projection": jax.tree.leaves(tree.selector["query_projection"]),
     }
+
+
+def adamw(rates=RATES):
+    return make_optimizer("adamw", OPTIONS, PEAK, rates, MAX_GRAD_NORM)
 
 
 def step(optimizer, tree, state, grads, factor=1.0):
@@ -34,21 +43,21 @@ def step(optimizer, tree, state, grads, factor=1.0):
     return optax.apply_updates(tree, jax.tree.map(lambda update: factor * update, updates)), state
 
 
-@pytest.mark.parametrize("rates", [(0.01, 0.003, 0.05), (0.01, None, None)])
+@pytest.mark.parametrize("rates", [RATES, ((".*", 1.0),)])
 def test_equals_torch_adamw_with_groups_clipping_and_schedule(rates):
     """Gradients of very different size: clipping is by one norm over all groups, and only where it is exceeded."""
     torch = pytest.importorskip("torch", reason="the reference is PyTorch's AdamW")
-    block, projection, key = rates
-    optimizer = make_optimizer(block, projection, key, **SETTINGS)
+    optimizer = adamw(rates)
     tree = draw(0)
     state = optimizer.init(tree)
-    peaks = {"slot": block, "key": key or block, "query_projection": projection or block}
+    factors = [factor for _, factor in rates] if len(rates) == 3 else [1.0] * 3
+    peaks = dict(zip(("slot", "key", "query_projection"), [PEAK * factor for factor in factors], strict=True))
     parameters = {name: [torch.tensor(np.asarray(x)) for x in leaves] for name, leaves in flat(tree).items()}
-    adamw = torch.optim.AdamW(
+    torch_adamw = torch.optim.AdamW(
         [{"params": parameters[name], "lr": peak} for name, peak in peaks.items()],
-        betas=(SETTINGS["beta1"], SETTINGS["beta2"]),
-        eps=SETTINGS["epsilon"],
-        weight_decay=SETTINGS["weight_decay"],
+        betas=(OPTIONS["b1"], OPTIONS["b2"]),
+        eps=OPTIONS["eps"],
+        weight_decay=OPTIONS["weight_decay"],
     )
     everything = [x for leaves in parameters.values() for x in leaves]
     norms = []
@@ -58,24 +67,83 @@ def test_equals_torch_adamw_with_groups_clipping_and_schedule(rates):
         for name, leaves in flat(grads).items():
             for parameter, grad in zip(parameters[name], leaves, strict=True):
                 parameter.grad = torch.tensor(np.asarray(grad))
-        norms.append(float(torch.nn.utils.clip_grad_norm_(everything, SETTINGS["max_grad_norm"])))
-        for group, peak in zip(adamw.param_groups, peaks.values(), strict=True):
+        norms.append(float(torch.nn.utils.clip_grad_norm_(everything, MAX_GRAD_NORM)))
+        for group, peak in zip(torch_adamw.param_groups, peaks.values(), strict=True):
             group["lr"] = factor * peak
-        adamw.step()
-    assert min(norms) < SETTINGS["max_grad_norm"] < max(norms)
+        torch_adamw.step()
+    assert min(norms) < MAX_GRAD_NORM < max(norms)
     for name, leaves in flat(tree).items():
         for ours, theirs in zip(leaves, parameters[name], strict=True):
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-5, atol=2e-6)
 
 
-def test_a_rate_of_zero_leaves_its_group_as_it_is():
-    optimizer = make_optimizer(0.01, 0.0, 0.02, **SETTINGS)
-    tree = draw(0)
-    new, _ = step(optimizer, tree, optimizer.init(tree), draw(1))
+def changed_parts(rates, seed=1):
+    optimizer, tree = adamw(rates), draw(0)
+    new, _ = step(optimizer, tree, optimizer.init(tree), draw(seed))
     before, after = flat(tree), flat(new)
-    assert all((a == b).all() for a, b in zip(before["query_projection"], after["query_projection"], strict=True))
-    for name in ("slot", "key"):
-        assert all((a != b).all() for a, b in zip(before[name], after[name], strict=True))
+    return {name for name in before if any((a != b).any() for a, b in zip(before[name], after[name], strict=True))}
+
+
+def test_a_rate_of_zero_or_none_leaves_its_leaves_as_they_are():
+    for factor in (0.0, None):
+        rates = ((r"selector/query_projection/.*", factor), (".*", 1.0))
+        assert changed_parts(rates) == {"slot", "key"}
+
+
+def test_the_first_rule_that_matches_a_whole_path_counts():
+    assert changed_parts(((r"selector/.*", None), (r"selector/key", 1.0), (".*", 1.0))) == {"slot"}
+    assert changed_parts(((r"selector", None), (".*", 1.0))) == {"slot", "key", "query_projection"}
+
+
+def test_leaves_that_are_not_trained_are_no_part_of_the_norm():
+    rates = ((r"selector/.*", None), (".*", 1.0))
+    optimizer = make_optimizer("sgd", {}, 1.0, rates, MAX_GRAD_NORM)
+    tree, grads = draw(0), draw(1)
+    shrink = min(1, MAX_GRAD_NORM / float(optax.tree.norm(grads.slot)))
+    huge = grads.replace(selector=jax.tree.map(lambda x: 1e6 * x, grads.selector))
+    for own in (grads, huge):
+        new, _ = step(optimizer, tree, optimizer.init(tree), own)
+        expected = jax.tree.map(lambda x, g: x - g * shrink, tree.slot, grads.slot)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), new.slot, expected)
+
+
+def test_a_leaf_that_no_rule_covers_is_an_error():
+    optimizer = adamw(((r"slot/.*", 1.0), (r"selector/key", 1.0)))
+    with pytest.raises(ValueError, match="has no rule for selector/query_projection/down/kernel, selector/query_proj"):
+        optimizer.init(draw(0))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor", "lion", "adam"])
+def test_any_optimizer_of_optax_by_its_name(name):
+    optimizer, tree = make_optimizer(name, {}, 0.1, ((".*", 1.0),), 1e9), draw(0)
+    new, _ = step(optimizer, tree, optimizer.init(tree), draw(1))
+    plain = getattr(optax, name)(learning_rate=0.1)
+    updates, _ = plain.update(draw(1), plain.init(tree), tree)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), new, optax.apply_updates(tree, updates))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("adamv", {}, "config.optimizer.name='adamv' is no optimizer of optax"),
+        ("apply_updates", {}, "is no optimizer of optax"),
+        ("sgd", {"b1": 0.9}, "config.optimizer.options: optax.sgd takes no b1; it takes momentum"),
+    ],
+)
+def test_an_unknown_optimizer_or_option_is_an_error(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(name, options, 0.1, ((".*", 1.0),), 1.0)
+
+
+def test_rates_that_cannot_be_are_all_named():
+    check_rates(RATES)
+    wrong = ((".*",), ("(", 1.0), (".*", -1.0), 3)
+    with pytest.raises(ValueError, match="config.optimizer.rates: ") as error:
+        check_rates((*RATES, *wrong))
+    assert all(repr(rate) in str(error.value) for rate in wrong)
+    assert repr(RATES[0]) not in str(error.value)
+    with pytest.raises(ValueError, match="config.optimizer.rates: nothing cannot be"):
+        check_rates(())
 
 
 def written_out(schedule, step, warmup, total):
@@ -87,7 +155,7 @@ def written_out(schedule, step, warmup, total):
     return 1 - share if schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 10), (4, 10), (10, 10), (20, 10)])
 def test_schedule_factors(schedule, warmup, total):
     factor = jax.jit(lambda step, total: schedule_factor(schedule, step, warmup, total))

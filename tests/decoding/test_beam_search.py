@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from sapt_jax.decoding.answers import Ends, Search, make_generate
 from sapt_jax.decoding.beam_search import beam_search
-from sapt_jax.decoding.search import make_generate
 from sapt_jax.models.llama import Cache, Llama
 from sapt_jax.models.shapes import LlamaConfig, T5Config
 from sapt_jax.models.t5 import T5
-from sapt_jax.state import init_frozen
+from sapt_jax.programs import make_apply
 from tests.helpers.tiny import tiny_method
+from tests.helpers.trees import at, fresh, noise, random_frozen
 
 VOCAB, EOS, PAD, ROWS = 5, 1, 0, 3
 LLAMA = LlamaConfig(VOCAB, 8, 2, 2, 1, 4, 12, 1e-5, 100.0, (), 64, True)
@@ -176,24 +177,18 @@ def test_rows_that_need_no_answer_stay_empty_and_others_as_they_were(family):
 
 @pytest.mark.parametrize("family", MODELS)
 def test_generate_finds_the_best_answer_under_each_rows_mixture(family):
-    model, params, rng = MODELS[family], make_params(family, seed=9), np.random.default_rng(10)
-    method, config = tiny_method(), model.config
-    frozen = init_frozen(params, method.pet, model.pet_sites(config), config.d_model, 3)
-    table = params["token_embedder"]["embedding"]
-    trainable = method.open_task(jax.random.key(11), model.pet_sites(config), table, None)
-
-    def fill(tree):
-        return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype), tree)
-
-    frozen = frozen.replace(bank=fill(frozen.bank), keys=fill(frozen.keys))
-    trainable = trainable.replace(slot=fill(trainable.slot))
+    model, params = MODELS[family], make_params(family, seed=9)
+    method = tiny_method()
+    frozen = random_frozen(method, model, params, 3, seed=13, scale=0.5)
+    trainable = fresh(method, model, params, 11)
+    trainable = trainable.replace(slot=noise(14, trainable.slot, 0.5))
     source, mask = make_source(family, seed=12)
     mask[1] = False
-    new_tokens, alpha, slot = 3, 0.6, np.int32(2)
-    generate = make_generate(model, method, new_tokens, EOS, PAD, 16, alpha)
-    found, weights = generate(frozen, trainable, source, mask, slot)
+    new_tokens, alpha, task = 3, 0.6, at(2)
+    generate = make_generate(make_apply(model), method, Ends(new_tokens, EOS, PAD), Search(16, alpha))
+    found, weights = generate(frozen, trainable, source, mask, task)
 
-    mixtures = [method.mixture(frozen, trainable, row[None], slot) for row in weights]
+    mixtures = [method.mixture(frozen, trainable, row[None], task) for row in weights]
     answers, lengths = every_finished_answer(new_tokens)
     mixtures = [mixture.replace(columns=jnp.repeat(mixture.columns, len(answers), axis=0)) for mixture in mixtures]
     log_probs = log_probs_of(family, frozen.base, source, mask, answers, mixtures)

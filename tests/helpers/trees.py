@@ -57,3 +57,8 @@ def fresh(method, model, base, seed, previous=None, frozen=None, seen=None, task
     frozen = empty_frozen(method, model, base, 1) if frozen is None else frozen
     leaves = method.trainable_leaves(parameters(model))
     return method.begin_task(jax.random.key(seed), leaves, frozen, previous, seen or Seen(), task or at(0))
+
+
+def random_bank(kind, model, tasks, seed, scale=0.3):
+    """A bank of random blocks of a kind of PET on a model."""
+    return noise(seed, state.abstract(state.bank_of(kind.block(parameters(model)), tasks)), scale)

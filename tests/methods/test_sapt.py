@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapt_jax.methods.base import Pools
-from sapt_jax.state import commit, init_frozen
+from sapt_jax.methods.base import Samples, Seen
+from sapt_jax.models.families import VARIANTS, make_model, parameters
 from tests.helpers.tiny import tiny_method
+from tests.helpers.trees import at, empty_frozen, fresh
 
-SITES = {"decoder": {"self_attention": {"query": (1, 16, 16), "value": (1, 16, 16)}}}
-WIDTH, TASKS = 16, 3
-TABLE = jnp.zeros((5, WIDTH))
+MODEL = make_model(VARIANTS["llama-tiny"], "float32", "none")
+WIDTH, TASKS = MODEL.config.d_model, 3
+BASE = {"token_embedder": {"embedding": jnp.zeros((5, WIDTH))}}
 
 
 def two_tasks(seed, **fields):
@@ -18,75 +19,112 @@ def two_tasks(seed, **fields):
     rng = np.random.default_rng(seed)
     common, apart = rng.normal(0, 2.0, WIDTH), rng.normal(0, 0.3, (2, WIDTH))
     old, new = (common + apart[i] + rng.normal(0, 0.05, (40, WIDTH)) for i in range(2))
-    method = tiny_method(reflection_batch=8, kl_ratio=2.0, **fields)
-    frozen = init_frozen(None, method.pet, SITES, WIDTH, TASKS)
-    first = method.open_task(jax.random.key(seed), SITES, TABLE, None)
-    frozen = commit(frozen, first, jnp.asarray([1.0, 0.0, 0.0]), 0)
-    second = method.open_task(jax.random.key(seed + 1), SITES, TABLE, first)
-    pooled = np.zeros((TASKS, 10, WIDTH), np.float32)
-    pooled[0] = old[:10]
-    pools = Pools(jnp.asarray(pooled), jnp.asarray([10, 0, 0]))
-    return method, frozen, second, pools, jnp.asarray(old[10:], jnp.float32), jnp.asarray(new, jnp.float32)
+    method = tiny_method(**{"reflection_batch": 8, "kl_ratio": 2.0, **fields})
+    plain = tiny_method()
+    frozen = empty_frozen(method, MODEL, BASE, TASKS)
+    first = fresh(plain, MODEL, BASE, seed)
+    frozen = method.end_task(frozen, first, jnp.asarray([1.0, 0.0, 0.0]), at(0))
+    second = fresh(plain, MODEL, BASE, seed + 1, previous=first)
+    features = np.zeros((TASKS, 10, WIDTH), np.float32)
+    features[0] = old[:10]
+    samples = Samples(jnp.asarray(features), jnp.asarray([10, 0, 0]))
+    return method, frozen, second, samples, jnp.asarray(old[10:], jnp.float32), jnp.asarray(new, jnp.float32)
 
 
 def share(method, frozen, trainable, inputs, slot):
-    return float(np.exp(method.log_weights(frozen, trainable, inputs, 1))[:, slot].mean())
+    return float(np.exp(method.log_weights(frozen, trainable, inputs, at(1)))[:, slot].mean())
 
 
 def test_warm_start_opens_the_new_slot_and_keeps_the_old_one():
-    method, frozen, second, pools, old, new = two_tasks(0, warm_start_steps=200)
+    method, frozen, second, samples, old, new = two_tasks(0, warm_start_steps=200)
     assert share(method, frozen, second, new, 1) < 0.9
-    warm = jax.jit(method.warm_start)(jax.random.key(2), frozen, second, new, pools, 1)
+    seen = Seen(features=new, samples=samples)
+    warm = second.replace(selector=jax.jit(method.warm_start)(jax.random.key(2), frozen, second, seen, at(1)))
     assert share(method, frozen, warm, new, 1) > 0.95
     # Inputs that were in no pool.
     assert share(method, frozen, warm, old, 0) > 0.95
-    jax.tree.map(np.testing.assert_array_equal, warm.slot, second.slot)
 
 
-def test_without_steps_there_is_no_warm_start():
-    method, frozen, second, pools, _, new = two_tasks(1)
-    assert method.warm_start(jax.random.key(2), frozen, second, new, pools, 1) is second
+def test_a_task_begins_with_a_fresh_block_and_key_and_the_projection_of_the_task_before():
+    method, frozen, second, samples, _, new = two_tasks(1)
+    third = fresh(method, MODEL, BASE, 7, previous=second, frozen=frozen, task=at(2))
+    before, after = second.selector, third.selector
+    jax.tree.map(np.testing.assert_array_equal, before["query_projection"], after["query_projection"])
+    assert not np.allclose(before["key"], after["key"])
+    # The warm start moves the attention alone, and is asked for rows and samples only where it happens.
+    assert method.rows_before == 0
+    warm = two_tasks(1, warm_start_steps=5)[0]
+    assert warm.rows_before == 256
+    seen = Seen(features=new, samples=samples)
+    moved = fresh(warm, MODEL, BASE, 7, previous=second, frozen=frozen, seen=seen, task=at(2))
+    jax.tree.map(np.testing.assert_array_equal, moved.slot, third.slot)
+    assert not np.allclose(moved.selector["key"], third.selector["key"])
 
 
 def test_weights_of_the_ablations():
     method, frozen, second, _, old, _ = two_tasks(3)
-    frozen = frozen.replace(enabled=jnp.asarray([True, True, True]))
-    attention = np.exp(method.log_weights(frozen, second, old, 1))
-    np.testing.assert_allclose(method.learning_weights(frozen, second, old, 1), attention, rtol=1e-5)
-    np.testing.assert_allclose(method.selection_weights(frozen, second, old, 1), attention, rtol=1e-5)
+    attention = np.exp(method.log_weights(frozen, second, old, at(1)))
+    for training in (True, False):
+        np.testing.assert_allclose(method.weights(frozen, second, old, at(1), training), attention, rtol=1e-5)
     assert 0 < attention[:, 1].min() and (attention[:, 2] == 0).all()
     for kind, expected in (("own", [0, 1, 0]), ("mean", [0.5, 0.5, 0])):
-        found = tiny_method(learning=kind).learning_weights(frozen, second, old, 1)
+        found = tiny_method(learning=kind).weights(frozen, second, old, at(1), training=True)
         np.testing.assert_array_equal(found, np.tile(np.array(expected, np.float32), (len(old), 1)))
-    alone = tiny_method(selection="mean").selection_weights(
-        frozen.replace(enabled=jnp.asarray([False, True, True])), second, old, 1
-    )
+    withdrawn = frozen.replace(enabled=jnp.asarray([False, True, True]))
+    alone = tiny_method(selection="mean").weights(withdrawn, second, old, at(1), training=False)
     np.testing.assert_array_equal(alone[0], [0, 1, 0])
 
 
 def test_learning_alone_moves_no_attention_through_the_weights():
     method, frozen, second, _, old, _ = two_tasks(4, learning="own")
 
-    def total(trainable):
-        return jnp.sum(method.learning_weights(frozen, trainable, old, 1)[:, 1])
+    def gradient(method):
+        def total(trainable):
+            return jnp.sum(method.weights(frozen, trainable, old, at(1), training=True)[:, 1])
 
-    gradient = jax.grad(total)(second)
-    assert not any(np.any(x) for x in jax.tree.leaves((gradient.key, gradient.query_projection)))
-    gradient = jax.grad(lambda t: jnp.sum(tiny_method().learning_weights(frozen, t, old, 1)[:, 1]))(second)
-    assert np.any(gradient.key)
+        return jax.grad(total)(second).selector
+
+    assert not any(np.any(x) for x in jax.tree.leaves(gradient(method)))
+    assert np.any(gradient(tiny_method())["key"])
 
 
 def test_what_was_recorded_on_a_withdrawn_slot_goes_to_the_others():
-    method, frozen, second, pools, old, new = two_tasks(2)
-    targets = frozen.targets.at[1].set(jnp.asarray([0.25, 0.5, 0.25]))
-    pools = Pools(jnp.broadcast_to(old[:10], (TASKS, 10, WIDTH)), jnp.asarray([0, 10, 0]))
-    withdrawn = frozen.replace(targets=targets, enabled=jnp.asarray([True, False, True]))
-    third = method.open_task(jax.random.key(5), SITES, TABLE, second)
-    loss, logged = method.auxiliary_loss(jax.random.key(3), withdrawn, third, pools, 2)
-    expected = frozen.replace(
-        targets=targets.at[1].set(jnp.asarray([0.5, 0.0, 0.5])), enabled=jnp.asarray([True, False, True])
-    )
-    again, _ = method.auxiliary_loss(jax.random.key(3), expected, third, pools, 2)
+    method, frozen, second, _, old, _ = two_tasks(2)
+
+    def with_row(row):
+        targets = frozen.memory["reflection_targets"].at[1].set(jnp.asarray(row))
+        memory = {**frozen.memory, "reflection_targets": targets}
+        return frozen.replace(memory=memory, enabled=jnp.asarray([True, False, True]))
+
+    samples = Samples(jnp.broadcast_to(old[:10], (TASKS, 10, WIDTH)), jnp.asarray([0, 10, 0]))
+    third = fresh(method, MODEL, BASE, 5, previous=second)
+    loss, logged = method.penalty(jax.random.key(3), with_row([0.25, 0.5, 0.25]), third, samples, at(2))
+    again, _ = method.penalty(jax.random.key(3), with_row([0.5, 0.0, 0.5]), third, samples, at(2))
     np.testing.assert_allclose(loss, again, rtol=1e-6)
     assert np.isfinite(loss) and loss > 0
     np.testing.assert_allclose(logged["reflection_loss"] * 2.0, loss, rtol=1e-6)
+
+
+def test_the_reflection_target_is_the_mean_attention_of_real_rows():
+    method, frozen, second, _, old, new = two_tasks(6)
+    table = jnp.concatenate([jnp.zeros((1, WIDTH)), old, new])
+
+    def apply(base, source, method):
+        return jnp.take(table, source, axis=0)
+
+    source = np.array([[3], [50], [0], [7]], np.int32)
+    batch = {"source": source, "source_mask": source > 0}
+    totals = method.measure(apply, frozen, second, batch, at(1))
+    target = method.summarise({}, jax.tree.map(lambda x: np.asarray(x, np.float64), totals))
+    rows = np.exp(method.log_weights(frozen, second, table[source[[0, 1, 3], 0]], at(1)))
+    np.testing.assert_allclose(target, rows.mean(axis=0), rtol=1e-6)
+
+
+def test_the_selector_is_what_the_attention_module_declares():
+    leaves = tiny_method().selector(parameters(MODEL))
+    assert {name: leaf.axes for name, leaf in leaves["query_projection"]["norm"].items()} == {
+        "scale": ("query",),
+        "bias": ("query",),
+    }
+    assert leaves["query_projection"]["down"]["kernel"].shape == (WIDTH, 6)
+    assert leaves["key"].shape == (WIDTH,) and leaves["key"].axes == ("query",)

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
-from sapt_jax.decoding.search import extend_until_end, most_likely
-from sapt_jax.losses import token_cross_entropy
 
 from sapt_jax import pet
+from sapt_jax.decoding.greedy import extend_until_end, most_likely
+from sapt_jax.methods.losses import token_cross_entropy
 from sapt_jax.models.llama import ACTIVATIONS, Llama
 from sapt_jax.models.shapes import LLAMA_VARIANTS, LlamaConfig, llama_config_from_hf
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config
 from tests.helpers.llama_reference import KINDS, VOCAB, make_batch, make_reference, reference_logits, reference_tokens
+from tests.helpers.trees import random_bank
 
 CONFIG = LlamaConfig(
     vocab_size=VOCAB,
@@ -59,13 +60,11 @@ def make_model(config, seed, dtype=jnp.float32, remat="none"):
     return model, {**params, "token_embedder": {"embedding": jnp.asarray(embedding, jnp.float32)}}
 
 
-LORA = pet.Lora(rank=2, alpha=4.0, stop_gradient_through_bank=False)
+LORA = pet.Lora(rank=2, alpha=4.0)
 
 
 def make_bank(config, seed, tasks=3):
-    rng = np.random.default_rng(seed)
-    bank = LORA.init_bank(Llama.pet_sites(config), config.d_model, tasks)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), bank)
+    return random_bank(LORA, Llama(config, jnp.float32, "none"), tasks, seed)
 
 
 def make_mixture(config, seed, rows=3):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapt_jax.decoding.search import extend_until_end, most_likely
+from sapt_jax.decoding.greedy import extend_until_end, most_likely
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.shapes import LLAMA_VARIANTS, llama_config_from_hf
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
-from sapt_jax.losses import token_cross_entropy
 
 from sapt_jax import pet
+from sapt_jax.methods.losses import token_cross_entropy
 from sapt_jax.models.shapes import T5_VARIANTS, T5Config, t5_config_from_hf
 from sapt_jax.models.t5 import T5, relative_buckets
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config
 from tests.helpers.t5_reference import GENERATIONS, VOCAB, make_batch, make_reference, reference_logits, save, torch
+from tests.helpers.trees import random_bank
 
 CONFIG = T5Config(
     vocab_size=31,
@@ -61,10 +62,9 @@ def make_model(config, seed, dtype=jnp.float32, remat="none"):
 
 def make_mixture(config, seed, rows, tasks=3, rank=2, weights=None):
     rng = np.random.default_rng(seed)
-    bank = pet.Lora(rank, 4.0, False).init_bank(T5.pet_sites(config), config.d_model, tasks)
-    bank = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), bank)
+    bank = random_bank(pet.Lora(rank, 4.0), T5(config, jnp.float32, "none"), tasks, seed + 50)
     weights = rng.dirichlet(np.ones(tasks), rows) if weights is None else weights
-    return bank, weights, pet.Lora(rank, 4.0, False).mix(bank, jnp.asarray(weights, jnp.float32), 0)
+    return bank, weights, pet.Lora(rank, 4.0).mix(bank, jnp.asarray(weights, jnp.float32), 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -298,7 +298,7 @@ def test_gradient_reaches_every_block_through_both_stacks():
     bank, weights, _ = make_mixture(CONFIG, seed=25, rows=3)
 
     def loss(weights):
-        mixture = pet.Lora(2, 4.0, False).mix(bank, weights, 0)
+        mixture = pet.Lora(2, 4.0).mix(bank, weights, 0)
         logits = logits_of(model, params, batch, mixture)
         return token_cross_entropy(logits, batch["target"], batch["target_mask"])[0]
 

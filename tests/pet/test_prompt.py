@@ -16,7 +16,7 @@ from sapt_jax.models.t5 import T5
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config
 from tests.helpers import llama_reference, t5_reference
 
-PROMPT = pet.Prompt(prompt_length=5)
+PROMPT = pet.Prompt(length=5)
 STEPS = 6
 FAMILIES = {
     "llama": (llama_reference, "grouped, tied", Llama, llama_config_from_hf),
@@ -40,8 +40,8 @@ def load(family, folder, seed):
 def make_mixture(params, seed, rows):
     """The mixture of three prompts, and the same as a loop in float64 [rows, P, D]."""
     rng = np.random.default_rng(seed)
-    bank = PROMPT.init_bank({}, params["token_embedder"]["embedding"].shape[1], 3)
-    bank = {"prompt": jnp.asarray(rng.standard_normal(bank["prompt"].shape), jnp.float32)}
+    shape = (3, PROMPT.length, params["token_embedder"]["embedding"].shape[1])
+    bank = {"prompt": jnp.asarray(rng.standard_normal(shape), jnp.float32)}
     weights = rng.dirichlet(np.ones(3), rows)
     written_out = [sum(w * np.array(bank["prompt"][t], np.float64) for t, w in enumerate(row)) for row in weights]
     return PROMPT.mix(bank, jnp.asarray(weights, jnp.float32), 0), np.stack(written_out)

@@ -18,11 +18,11 @@ SETTINGS = {
     "train.epochs": 1,
     "pseudo_samples.source": "generate",
     "pseudo_samples.minimum": 3,
-    "pseudo_samples.generator.rank": 16,
-    "pseudo_samples.generator.learning_rate": 3e-2,
-    "pseudo_samples.generator.steps": 90,
-    "pseudo_samples.generator.batch_size": 8,
-    "pseudo_samples.generator.max_length": 40,
+    "pseudo_samples.writer.rank": 16,
+    "pseudo_samples.writer.learning_rate": 3e-2,
+    "pseudo_samples.writer.steps": 90,
+    "pseudo_samples.writer.batch_size": 8,
+    "pseudo_samples.writer.max_length": 40,
 }
 
 
@@ -52,7 +52,7 @@ def test_the_pool_lies_under_its_task_and_is_described(finished):
     # A longer order would need one of the last task too; this one does not.
     assert not (finished / "tasks/01-mirror/generated_data").exists()
     kinds = {json.loads(line)["kind"] for line in (finished / "metrics.jsonl").read_text().splitlines()}
-    assert kinds == {"train", "dev", "scores", "generator", "pseudo_samples"}
+    assert kinds == {"train", "dev", "scores", "writer", "pseudo_samples"}
 
 
 def test_the_pool_is_reused_and_written_again_alike(finished, data_dir, tmp_path):
@@ -71,7 +71,7 @@ def test_the_pool_is_reused_and_written_again_alike(finished, data_dir, tmp_path
 
 
 def test_a_run_on_the_same_pool_as_files_learns_the_same(finished, data_dir, tmp_path):
-    """So the generator leaves no trace in what the run learns."""
+    """So the writer leaves no trace in what the run learns."""
     # The last task's pool is read, and never used.
     for name in ("shout", "mirror"):
         shutil.copytree((finished / POOL).parent, tmp_path / "pools" / name)
@@ -81,15 +81,15 @@ def test_a_run_on_the_same_pool_as_files_learns_the_same(finished, data_dir, tmp
 
 
 def test_too_few_samples_are_told_and_the_run_goes_on(data_dir, tmp_path, caplog):
-    settings = {**SETTINGS, "pseudo_samples.generator.steps": 1, "pseudo_samples.generator.max_length": 4}
+    settings = {**SETTINGS, "pseudo_samples.writer.steps": 1, "pseudo_samples.writer.max_length": 4}
     with caplog.at_level(logging.WARNING, logger="sapt_jax.pseudo_samples.writer"):
         scores = continual.run(tiny_config(data_dir, **settings), tmp_path / "run")
     assert np.isfinite(np.array(scores["matrix"], float)[1]).all()
     (message,) = [record.getMessage() for record in caplog.records if "samples wanted" in record.message]
-    assert message.startswith("shout: the generator wrote 0 of 3 samples wanted in 64 texts")
+    assert message.startswith("shout: the writer wrote 0 of 3 samples wanted in 64 texts")
     assert "no end 64" in message
 
 
 def test_a_method_that_needs_no_samples_writes_none(data_dir, tmp_path):
-    continual.run(tiny_config(data_dir, **SETTINGS, method="seq_lora"), tmp_path)
-    assert not list(tmp_path.glob("tasks/*/generator"))
+    continual.run(tiny_config(data_dir, **SETTINGS, method="sequential"), tmp_path)
+    assert not list(tmp_path.glob("tasks/*/writer"))

@@ -5,15 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sapt_jax import state as states
+from sapt_jax.models.families import Parameter
 from sapt_jax.optimization import make_optimizer
 from sapt_jax.pet import Lora
 from sapt_jax.programs import TrainState
-from sapt_jax.state import Trainable, init_frozen
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
+from tests.helpers.tiny import tiny_method
 
-SITES = {"decoder": {"self_attention": {"query": (2, 6, 4), "value": (2, 6, 3)}}}
-OPTIMIZER = make_optimizer(1e-3, None, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1.0)
+ATTENTION = "decoder/layers/self_attention"
+PARAMETERS = {
+    "token_embedder/embedding": Parameter((5, 6), ("vocab", "embed")),
+    f"{ATTENTION}/query/kernel": Parameter((2, 6, 4), ("layers", "embed", "heads")),
+    f"{ATTENTION}/value/kernel": Parameter((2, 6, 3), ("layers", "embed", "kv_heads")),
+}
+OPTIMIZER = make_optimizer("adamw", {}, 1e-3, (("selector/key", 10.0), (".*", 1.0)), 1.0)
+
+
+def method_of(rank):
+    return tiny_method(pet=Lora(rank, 8.0), query_hidden=3)
 
 
 def fill(seed, tree):
@@ -30,13 +41,8 @@ def fill(seed, tree):
 
 
 def make_trainable(seed, rank=2, dtype=jnp.float32):
-    block = {
-        name: {"a": jnp.zeros((layers, fan_in, rank), dtype), "b": jnp.zeros((layers, rank, fan_out), dtype)}
-        for name, (layers, fan_in, fan_out) in SITES["decoder"]["self_attention"].items()
-    }
-    projection = {name: jnp.zeros(shape) for name, shape in (("down", (6, 3)), ("up", (3, 6)), ("scale", (6,)))}
-    empty = Trainable({"decoder": {"self_attention": block}}, jnp.zeros((6,)), projection)
-    return fill(seed, empty)
+    leaves = method_of(rank).trainable_leaves(PARAMETERS)
+    return fill(seed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), leaves, is_leaf=states.is_leaf))
 
 
 def make_state(seed, **options):
@@ -45,9 +51,9 @@ def make_state(seed, **options):
 
 
 def make_frozen(seed, capacity=3, rank=2):
-    base = {"embedding": jnp.zeros((5, 6))}
-    return fill(seed, init_frozen(base, Lora(rank, 8.0, False), SITES, 6, capacity)).replace(
-        enabled=jnp.ones((capacity,), bool)
+    frozen = states.start(jax.random.key(0), method_of(rank).frozen_leaves(PARAMETERS, capacity), None)
+    return fill(seed, frozen.replace(enabled=None)).replace(
+        base={"embedding": jnp.zeros((5, 6))}, enabled=jnp.ones((capacity,), bool)
     )
 
 
@@ -131,7 +137,7 @@ def test_a_task_in_training_that_does_not_fit_names_every_array(tmp_path):
     message = str(error.value)
     assert str(tmp_path / "steps" / "5" / "latest") in message and "new --workdir" in message
     for projection in ("query", "value"):
-        slot = f".slot['decoder']['self_attention']['{projection}']"
+        slot = f".slot['decoder']['layers']['self_attention']['{projection}']"
         assert f".trainable{slot}['a']: the checkpoint has float32[2, 6, 2], this run float32[2, 6, 3]" in message
         # The optimizer's two moments as well.
         assert sum(f"{slot}['b']: " in line and ".opt_state" in line for line in message.splitlines()) == 2
@@ -145,27 +151,26 @@ def test_a_committed_task_comes_back_bit_for_bit(tmp_path):
     # The pretrained model and what the config switches off are not part of it.
     assert_same_bits(restored[0], frozen.replace(base=before.base, enabled=before.enabled))
     assert_same_bits(restored[1], trainable)
-    assert checkpoints.saved_capacity(tmp_path) == 3
+    assert checkpoints.saved_capacity(tmp_path, method_of(2).frozen_leaves(PARAMETERS, 1)) == 3
 
 
 def test_a_committed_task_that_does_not_fit_names_every_array(tmp_path):
     checkpoints.save_committed(tmp_path, make_frozen(1), make_trainable(2))
     smaller, wider = make_frozen(1, capacity=2), make_trainable(2, dtype=jnp.bfloat16)
-    projection = dict(wider.query_projection)
-    del projection["scale"]
-    wider = wider.replace(query_projection={**projection, "bias": jnp.zeros((6,))})
+    key = wider.selector["key"].astype(jnp.float32)
+    wider = wider.replace(selector={"lock": key, "query_projection": wider.selector["query_projection"]})
     with pytest.raises(ValueError) as error:
         checkpoints.load_committed(tmp_path, smaller, wider)
     message = str(error.value)
     assert str(tmp_path / "committed") in message
     expected = {
-        "missing: ['trainable'].query_projection['bias']",
-        "unexpected: ['trainable'].query_projection['scale']",
-        "['keys']: the checkpoint has float32[3, 6], this run float32[2, 6]",
-        "['targets']: the checkpoint has float32[3, 3], this run float32[2, 2]",
+        "missing: ['trainable'].selector['lock']",
+        "unexpected: ['trainable'].selector['key']",
+        "['memory']['keys']: the checkpoint has float32[3, 6], this run float32[2, 6]",
+        "['memory']['reflection_targets']: the checkpoint has float32[3, 3], this run float32[2, 2]",
     }
     for projection, width in (("query", 4), ("value", 3)):
-        site = f"['decoder']['self_attention']['{projection}']"
+        site = f"['decoder']['layers']['self_attention']['{projection}']"
         for name, saved, ours in (
             ("a", [2, 6, 3, 2], [2, 6, 2, 2]),
             ("b", [2, 3, 2, width], [2, 2, 2, width]),
@@ -174,6 +179,12 @@ def test_a_committed_task_that_does_not_fit_names_every_array(tmp_path):
         for name, shape in (("a", [2, 6, 2]), ("b", [2, 2, width])):
             dtypes = f"the checkpoint has float32{shape}, this run bfloat16{shape}"
             expected.add(f"['trainable'].slot{site}['{name}']: {dtypes}")
+    for name, shape in (("['down']['kernel']", [6, 3]), ("['up']['kernel']", [3, 6])):
+        dtypes = f"the checkpoint has float32{shape}, this run bfloat16{shape}"
+        expected.add(f"['trainable'].selector['query_projection']{name}: {dtypes}")
+    for name in ("scale", "bias"):
+        dtypes = "the checkpoint has float32[6], this run bfloat16[6]"
+        expected.add(f"['trainable'].selector['query_projection']['norm']['{name}']: {dtypes}")
     assert {line.strip() for line in message.splitlines()[1:]} == expected
 
 

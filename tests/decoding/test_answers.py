@@ -2,18 +2,20 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from sapt_jax.decoding.search import draw, extend_until_end, make_generate, make_sample, most_likely
+from sapt_jax.decoding.answers import Ends, Sampling, Search, make_generate, make_sample
+from sapt_jax.decoding.greedy import extend_until_end, most_likely
+from sapt_jax.decoding.sampling import draw
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.shapes import LLAMA_VARIANTS
-from sapt_jax.state import Trainable, init_frozen
+from sapt_jax.programs import make_apply
 from tests.helpers.tiny import tiny_method
+from tests.helpers.trees import at, fresh, init_base, noise, random_frozen
 
 VOCAB, EOS, PAD = 7, 1, 0
 CONFIG = dataclasses.replace(LLAMA_VARIANTS["llama-tiny"], vocab_size=31, d_model=16, d_ff=16)
@@ -88,35 +90,28 @@ def test_padding_may_be_the_end_token():
 
 
 @pytest.fixture(scope="module")
-def learner():
+def learned():
     """(model, method, frozen with two learned tasks, trainable of the third)"""
-    model = Llama(CONFIG, jnp.float32, "none")
-    ids = jnp.zeros((1, 2), jnp.int32)
-    base = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids == 0, ids, ids == 0)["params"])
-    method = tiny_method()
-    sites = Llama.pet_sites(CONFIG)
-    frozen = init_frozen(base, method.pet, sites, CONFIG.d_model, 4)
-    trainable = method.open_task(jax.random.key(1), sites, base["token_embedder"]["embedding"], None)
-    rng = np.random.default_rng(2)
-
-    def fill(tree):
-        return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype), tree)
-
-    frozen = frozen.replace(bank=fill(frozen.bank), keys=fill(frozen.keys))
-    return model, method, frozen, Trainable(fill(trainable.slot), trainable.key, trainable.query_projection)
+    model, method = Llama(CONFIG, jnp.float32, "none"), tiny_method()
+    base = init_base(model)
+    trainable = fresh(method, model, base, 1)
+    frozen = random_frozen(method, model, base, 4, seed=2, scale=0.5)
+    return model, method, frozen, trainable.replace(slot=noise(5, trainable.slot, 0.5))
 
 
-def test_generate_equals_a_full_forward_pass_for_every_token(learner):
-    model, method, frozen, trainable = learner
+def test_generate_equals_a_full_forward_pass_for_every_token(learned):
+    model, method, frozen, trainable = learned
     rng = np.random.default_rng(3)
     mask = np.arange(8) >= np.array([0, 5, 3, 8])[:, None]
     source = np.where(mask, rng.integers(2, 31, mask.shape), PAD).astype(np.int32)
-    slot, steps = np.int32(2), 6
-    tokens, weights = make_generate(model, method, steps, -1, PAD, 1, 0.0)(frozen, trainable, source, mask, slot)
+    steps = 6
+    tokens, weights = make_generate(make_apply(model), method, Ends(steps, -1, PAD), Search())(
+        frozen, trainable, source, mask, at(2)
+    )
 
     assert weights.shape == (4, 4) and (weights[:, 3] == 0).all() and (weights[:, :3] > 0).all()
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
-    mixture = method.mixture(frozen, trainable, weights, slot)
+    mixture = method.mixture(frozen, trainable, weights, at(2))
     variables = {"params": frozen.base}
     forced = jax.jit(model.apply)(variables, source, mask, tokens, np.ones((4, steps), bool), mixture)
     np.testing.assert_array_equal(tokens[:3], jnp.argmax(forced, axis=-1)[:3])
@@ -155,21 +150,22 @@ def test_draws_follow_the_distribution_of_transformers(settings):
     assert (np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / 4000)).all()
 
 
-def test_samples_depend_on_the_key_alone_and_differ_between_equal_sources(learner):
-    model, method, frozen, trainable = learner
+def test_samples_depend_on_the_key_alone_and_differ_between_equal_sources(learned):
+    model, method, frozen, trainable = learned
     source = np.tile(np.array([[3, 4, 5, 6]], np.int32), (4, 1))
     mask = np.array([[True] * 4] * 3 + [[False] * 4])
-    sample = make_sample(model, method, 8, EOS, PAD, 1.0, 0, 1.0)
-    arguments = (frozen, trainable, source, mask, np.int32(2))
+    sample = make_sample(make_apply(model), method, Ends(8, EOS, PAD), Sampling())
+    arguments = (frozen, trainable, source, mask, at(2))
     first, again, other = (np.array(sample(*arguments, jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first[3] == PAD).all() and len({tuple(row) for row in first[:3]}) == 3
     assert not np.array_equal(first, other)
 
 
-def test_sampling_one_token_alone_is_greedy(learner):
-    model, method, frozen, trainable = learner
+def test_sampling_one_token_alone_is_greedy(learned):
+    model, method, frozen, trainable = learned
     source = np.random.default_rng(6).integers(2, 31, (3, 5)).astype(np.int32)
-    arguments = (frozen, trainable, source, np.ones((3, 5), bool), np.int32(2))
-    sampled = make_sample(model, method, 6, -1, PAD, 1.0, 1, 1.0)(*arguments, jax.random.key(0))
-    np.testing.assert_array_equal(sampled, make_generate(model, method, 6, -1, PAD, 1, 0.0)(*arguments)[0])
+    arguments = (frozen, trainable, source, np.ones((3, 5), bool), at(2))
+    apply, ends = make_apply(model), Ends(6, -1, PAD)
+    sampled = make_sample(apply, method, ends, Sampling(top_k=1))(*arguments, jax.random.key(0))
+    np.testing.assert_array_equal(sampled, make_generate(apply, method, ends, Search())(*arguments)[0])
