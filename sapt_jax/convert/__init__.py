@@ -1,1 +1,1 @@
-"""Pretrained weights in and out: rule tables that must cover every key, read in both directions."""
+"""The commands of `python -m sapt_jax.convert`."""

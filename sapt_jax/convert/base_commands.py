@@ -6,16 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import absl.logging
-import flax.linen as nn
 import flax.traverse_util
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from sapt_jax.convert.subcommand import add_subcommand
 from sapt_jax.export import tokenizer_files
-from sapt_jax.models.families import DTYPES, make_model, read_shape
+from sapt_jax.export.sites import base_parameters
+from sapt_jax.models.families import DTYPES, read_shape
 from sapt_jax.pretrained import base_checkpoint, t5_weights, t5x_checkpoints
 from sapt_jax.pretrained.loading import FORMATS, format_of, open_pretrained, read_model_config
 from sapt_jax.pretrained.locate import resolve_path
@@ -100,14 +99,9 @@ def _open(arguments: argparse.Namespace) -> dict[str, Parameter]:
     """Finds the weights, after the checks that need none of them."""
     if arguments.out.exists():
         raise FileExistsError(f"{arguments.out} exists: choose another folder or remove it")
-    model = make_model(read_shape(arguments.model, ""), "float32", "none")
-
-    def init(ids: jax.Array, mask: jax.Array) -> Any:
-        return nn.meta.unbox(model.init(jax.random.key(0), ids, mask, ids, mask)["params"])
-
-    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((1, 2), np.bool_))
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[arguments.dtype]), shapes)
-    return open_pretrained(arguments.model, target)
+    dtype, flat = DTYPES[arguments.dtype], base_parameters(read_shape(arguments.model, ""))
+    target = {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in flat.items()}
+    return open_pretrained(arguments.model, flax.traverse_util.unflatten_dict(target, sep="/"))
 
 
 def _write(

@@ -8,12 +8,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sapt_jax.config import check_config, flatten
+from sapt_jax.config import check_config, default_config, flatten
 from sapt_jax.convert.subcommand import add_subcommand
 from sapt_jax.export import reference, to_hf, to_peft, to_torch
 from sapt_jax.export.learned import read_run
 
-_COMMON = "configs/common.py"
+# What `sapt_jax.main` is given where no config was named: every setting at its default.
+_DEFAULT = "configs/default.py"
+_WEIGHTS = "one for each block, with commas, sum 1; left out for a method that sums its blocks or has one: all are 1"
 
 
 def add_commands(subparsers: Any) -> None:
@@ -26,9 +28,9 @@ def add_commands(subparsers: Any) -> None:
         write_peft,
     )
     _add_run(command)
-    what = command.add_mutually_exclusive_group(required=True)
+    what = command.add_mutually_exclusive_group()
     what.add_argument("--task", help="the task whose block becomes an adapter")
-    what.add_argument("--weights", type=_weights, help="a mixture of all blocks, folded into one adapter of rank T*R")
+    what.add_argument("--weights", type=_weights, help=f"a mixture of all blocks, one adapter of rank T*R: {_WEIGHTS}")
     what.add_argument("--all", action="store_true", help="every task's block, an adapter each: OUT/NAME")
 
     command = add_subcommand(
@@ -51,7 +53,7 @@ def add_commands(subparsers: Any) -> None:
     )
     command.add_argument("--saved", required=True, type=_paths, help="every task's folder, in the order of training")
     command.add_argument("--base", required=True, help="the model that they were trained on")
-    command.add_argument("--config", default=_COMMON, help=f"of the run that is to go on ({_COMMON})")
+    command.add_argument("--config", default="", help="of the run that is to go on; by default all defaults")
 
     command = add_subcommand(
         subparsers,
@@ -61,7 +63,7 @@ def add_commands(subparsers: Any) -> None:
         lambda arguments: to_hf.write_merged(read_run(arguments.run, arguments.base), arguments.weights, arguments.out),
     )
     _add_run(command)
-    command.add_argument("--weights", required=True, type=_weights, help="one for each block, with commas; sum 1")
+    command.add_argument("--weights", type=_weights, help=_WEIGHTS)
 
     command = add_subcommand(
         subparsers,
@@ -96,10 +98,10 @@ def write_peft(arguments: argparse.Namespace) -> None:
     learned = read_run(arguments.run, arguments.base)
     if arguments.task is not None:
         to_peft.write_task(learned, arguments.task, arguments.out)
-    elif arguments.weights is not None:
-        to_peft.write_mixture(learned, arguments.weights, arguments.out)
-    else:
+    elif arguments.all:
         to_peft.write_all(learned, arguments.out)
+    else:
+        to_peft.write_mixture(learned, arguments.weights, arguments.out)
 
 
 def from_reference(arguments: argparse.Namespace) -> None:
@@ -111,19 +113,21 @@ def from_reference(arguments: argparse.Namespace) -> None:
     before = load_config(arguments.config)
     after = flatten(reference.read_saved(arguments.saved, arguments.base, before, arguments.out))
     changed = {name: value for name, value in after.items() if value != flatten(before)[name]}
-    command = ["python", "-m", "sapt_jax.main", f"--config={arguments.config}"]
+    command = ["python", "-m", "sapt_jax.main", f"--config={arguments.config or _DEFAULT}"]
     command += [f"--config.{name}={value}" for name, value in changed.items()]
     print("To go on, with more tasks at the end of config.task_order:")
     print(f"  {shlex.join([*command, f'--workdir={arguments.out}'])}")
 
 
 def load_config(address: str) -> ConfigDict:
-    """The config of a file FILE or FILE:ARGUMENT, as `sapt_jax.main --config` takes it.
+    """The config of a file FILE or FILE:ARGUMENT, as `sapt_jax.main --config` takes it; "" is the default one.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is no config.
     """
+    if not address:
+        return default_config()
     name, colon, argument = address.partition(":")
     if not Path(name).is_file():
         raise FileNotFoundError(f"--config={address}: {name} does not exist")

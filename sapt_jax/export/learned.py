@@ -12,21 +12,17 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from configs import common
-from sapt_jax.config import record_config, unknown_fields
+from sapt_jax import state
+from sapt_jax.config import default_config, make_method, record_config, unknown_fields, upgrade
 from sapt_jax.data.benchmarks import resolve_task_order
-from sapt_jax.export.sites import pet_sites
-from sapt_jax.methods.base import Method
+from sapt_jax.export.sites import base_parameters
+from sapt_jax.methods import Method
 from sapt_jax.models.families import read_shape
-from sapt_jax.pet import TASK_AXIS
 from sapt_jax.pretrained.hf import read_json
-from sapt_jax.run import make_method
-from sapt_jax.state import Frozen, Trainable, commit, init_frozen
+from sapt_jax.state import TASKS, Frozen, Leaf, Task, Trainable, Tree, is_leaf
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.new_folder import new_folder
 
-# Those whose bank, keys and query projection are all that a mixture needs.
-METHODS = ("sapt", "seq_lora")
 _SUM_TOLERANCE = 1e-3
 
 
@@ -50,31 +46,75 @@ class Learned:
     frozen: Frozen
     trainables: tuple[Trainable, ...]
 
+    @property
+    def method(self) -> Method:
+        """The run's method."""
+        return make_method(self.config)
+
     def weights_of(self, task: str) -> np.ndarray:
         """The mixture [T] of one task's block alone.
 
         Raises:
-          ValueError: the run has no block of it.
+          ValueError: the run has no block of it, or from `check_linear`.
         """
+        self.check_linear()
         if task not in self.slots:
             raise ValueError(f"the run has no block of task {task!r}; it has {', '.join(self.slots)}")
         return np.eye(len(self.slots), dtype=np.float32)[self.slots.index(task)]
 
-    def check_weights(self, weights: Sequence[float]) -> np.ndarray:
+    def mixture(self, weights: Sequence[float] | None) -> np.ndarray:
         """A mixture [T] in float32.
 
+        Args:
+          weights: one for each slot; None is what the method gives every input, where it has such weights.
+
         Raises:
-          ValueError: not one weight for each slot, a negative one, or they do not sum to one.
+          ValueError: not one weight for each slot, a negative one, or they do not sum to one and the method does not
+            sum its blocks; no weights, and the method mixes anew for each input; or from `check_linear`.
         """
-        if len(weights) != len(self.slots):
+        self.check_linear()
+        mixing, names = self.method.mixing, ", ".join(self.slots)
+        if weights is None:
+            if mixing == "one":
+                return np.ones(1, np.float32)
+            if mixing == "sum":
+                return self.frozen.enabled.astype(np.float32)
             raise ValueError(
-                f"{len(weights)} weights for {len(self.slots)} blocks: give one for each of {', '.join(self.slots)}"
+                f"config.method={self.config.method!r} mixes its blocks anew for each input: give --weights, one for "
+                f"each of {names}; --help shows an example"
             )
+        if len(weights) != len(self.slots):
+            raise ValueError(f"{len(weights)} weights for {len(self.slots)} blocks: give one for each of {names}")
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise ValueError(f"the weights {', '.join(map(str, weights))} must not be negative")
-        if abs(sum(weights) - 1) > _SUM_TOLERANCE:
+        if mixing != "sum" and abs(sum(weights) - 1) > _SUM_TOLERANCE:
             raise ValueError(f"the weights sum to {sum(weights):g}, and must sum to 1")
         return np.asarray(weights, np.float32)
+
+    def check_linear(self) -> None:
+        """Checks that the run's blocks are mixed by adding them up under weights.
+
+        Raises:
+          ValueError: the method has a mixture of its own.
+        """
+        if self.method.uses("mixture"):
+            raise ValueError(
+                f"config.method={self.config.method!r} does more with its blocks than add them up under weights, which "
+                "no adapter and no weight can hold"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What a task left.
+
+    Attributes:
+      trainable: what it ended with.
+      target: of SAPT, its recorded attention on the slots up to its own.
+    """
+
+    trainable: Trainable
+    target: np.ndarray | None = None
 
 
 def read_run(workdir: Path, base: str = "") -> Learned:
@@ -85,7 +125,7 @@ def read_run(workdir: Path, base: str = "") -> Learned:
 
     Raises:
       FileNotFoundError: this is no run's workdir, it has learned nothing yet, or its base model has gone.
-      ValueError: the base is another model, or the run's method cannot leave.
+      ValueError: the base is another model, or the run's settings are not understood.
     """
     file = workdir / "config.json"
     if not file.is_file():
@@ -97,70 +137,64 @@ def read_run(workdir: Path, base: str = "") -> Learned:
     if not folders:
         raise FileNotFoundError(f"{workdir} has no committed task yet: let the run finish its first one")
     tasks = tuple(folder.name.split("-", 1)[1] for folder in folders)
-    method, trainables = make_method(config), []
-    for folder in folders:
-        frozen, trainable = _abstract(method, shape, checkpoints.saved_capacity(folder))
-        try:
-            frozen, trainable = checkpoints.load_committed(folder, frozen, trainable)
-        except ValueError as error:
-            where = f"--base={base}" if base else f"{config.model.path or config.model.variant} (config.model.path)"
-            raise ValueError(
-                f"{where} is not the model that this run was trained on, or the run is damaged: {error}"
-            ) from None
-        trainables.append(jax.tree.map(np.asarray, trainable))
-    slots = slot_names(method, tasks)
-    frozen = _cut(jax.tree.map(np.asarray, frozen.replace(enabled=None)), len(slots))
+    slots = slot_names(make_method(config), tasks)
+    trainables = []
+    try:
+        # Of the frozen trees the last has all that the others have.
+        for folder in folders:
+            last, trainable = _read_task(config, shape, folder)
+            trainables.append(trainable)
+    except ValueError as error:
+        where = f"--base={base}" if base else f"{config.model.path or config.model.variant} (config.model.path)"
+        raise ValueError(
+            f"{where} is not the model that this run was trained on, or the run is damaged: {error}"
+        ) from None
     disabled = resolve_task_order(config.disabled_tasks, config.benchmark) if config.disabled_tasks else ()
-    frozen = frozen.replace(enabled=np.array([name not in disabled for name in slots]))
+    enabled = np.array([name not in disabled for name in slots])
+    declared, _ = declared_state(config, shape, len(slots))
+    bank, memory = (_cut(getattr(last, name), getattr(declared, name)) for name in ("bank", "memory"))
+    frozen = Frozen(base=None, bank=bank, enabled=enabled, memory=memory)
     return Learned(config, shape, tasks, slots, frozen, tuple(trainables))
 
 
-def write_run(
-    config: ConfigDict,
-    shape: Any,
-    tasks: Sequence[str],
-    trainables: Sequence[Trainable],
-    targets: Sequence[np.ndarray],
-    workdir: Path,
-) -> None:
+def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdir: Path) -> None:
     """Writes a workdir as if the run of this config had just committed these tasks.
 
     Args:
-      tasks: the first ones of config.task_order.
-      trainables: what each task ended with.
-      targets: for each task, its recorded attention on the slots up to its own.
+      ended: the first tasks of config.task_order by name, in order.
 
     Raises:
       FileExistsError: the workdir exists.
       ValueError: the tasks are not the first of config.task_order.
     """
     order = resolve_task_order(config.task_order, config.benchmark)
-    if order[: len(tasks)] != tuple(tasks):
-        raise ValueError(f"config.task_order begins with {', '.join(order)}, the tasks are {', '.join(tasks)}")
+    if order[: len(ended)] != tuple(ended):
+        raise ValueError(f"config.task_order begins with {', '.join(order)}, the tasks are {', '.join(ended)}")
     method = make_method(config)
     capacity = method.capacity(max(len(order), config.pet.capacity))
-    frozen = init_frozen(None, method.pet, pet_sites(shape), shape.d_model, capacity)
+    declared, _ = declared_state(config, shape, capacity)
+    frozen = state.start(jax.random.key(0), declared, None).replace(enabled=jnp.ones((capacity,), bool))
     with new_folder(workdir) as unfinished:
-        for index, (name, trainable, target) in enumerate(zip(tasks, trainables, targets, strict=True)):
-            target = np.pad(np.asarray(target, np.float32), (0, capacity - len(target)))
-            trainable = jax.tree.map(jnp.asarray, trainable)
-            frozen = commit(frozen, trainable, jnp.asarray(target), np.int32(method.slot_index(index)))
+        for index, (name, task) in enumerate(ended.items()):
+            found = None if task.target is None else np.pad(task.target, (0, capacity - len(task.target)))
+            trainable = jax.tree.map(jnp.asarray, task.trainable)
+            place = Task(np.int32(index), np.int32(method.slot_index(index)), np.int32(0))
+            frozen = method.end_task(frozen, trainable, found, place)
             checkpoints.save_committed(checkpoints.task_folder(unfinished, index, name), frozen, trainable)
         record_config(config, unfinished)
 
 
 def read_config(flat: Mapping[str, Any], where: str) -> ConfigDict:
-    """The config of a run from its config.json; settings that this one lacks are those of configs/common.py.
+    """The config of a run from its config.json, of this version or an older one; what it lacks has its default.
 
     Raises:
-      ValueError: it has fields that are no settings, or its method is not of `METHODS`.
+      ValueError: it has fields that are no settings.
     """
-    if problems := unknown_fields(flat):
+    now = upgrade(flat)
+    if problems := unknown_fields(now):
         raise ValueError(f"{where} is not the config.json of a run: {problems[0]}")
-    config = common.get_config()
-    config.update_from_flattened_dict(dict(flat))
-    if config.method not in METHODS:
-        raise ValueError(f"{where}: config.method={config.method!r} cannot be converted; {' and '.join(METHODS)} can")
+    config = default_config()
+    config.update_from_flattened_dict({name: _with_tuples(value) for name, value in now.items()})
     return config
 
 
@@ -186,27 +220,39 @@ def slot_names(method: Method, tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(by_slot[slot] for slot in sorted(by_slot))
 
 
-def abstract_state(config: ConfigDict, shape: Any, capacity: int) -> tuple[Frozen, Trainable]:
-    """Shapes and dtypes of the two state trees, without a base model."""
-    return _abstract(make_method(config), shape, capacity)
+def declared_state(config: ConfigDict, shape: Any, capacity: int) -> tuple[Frozen, Trainable]:
+    """The leaves of the two state trees, without a base model."""
+    method, parameters = make_method(config), base_parameters(shape)
+    return method.frozen_leaves(parameters, capacity), method.trainable_leaves(parameters)
 
 
-def _abstract(method: Method, shape: Any, capacity: int) -> tuple[Frozen, Trainable]:
-    sites = pet_sites(shape)
+def _read_task(config: ConfigDict, shape: Any, folder: Path) -> tuple[Frozen, Trainable]:
+    """What a committed task's checkpoint holds, in numpy arrays; `enabled` is not among it."""
+    declared, _ = declared_state(config, shape, 1)
+    capacity = checkpoints.saved_capacity(folder, declared)
+    frozen, trainable = _on_this_machine(declared_state(config, shape, capacity))
+    frozen, trainable = checkpoints.load_committed(folder, frozen, trainable)
+    return jax.tree.map(np.asarray, (frozen.replace(enabled=None), trainable))
 
-    def init(rng, table):
-        frozen = init_frozen(None, method.pet, sites, shape.d_model, capacity)
-        return frozen, method.open_task(rng, sites, table, None)
 
-    table = jax.ShapeDtypeStruct((shape.vocab_size, shape.d_model), np.float32)
+def _on_this_machine(leaves: Tree) -> Tree:
     # A run on many accelerators is read where there is none.
     sharding = SingleDeviceSharding(jax.devices("cpu")[0])
-    shapes = jax.eval_shape(init, jax.random.key(0), table)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-
-
-def _cut(frozen: Frozen, slots: int) -> Frozen:
-    bank = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: np.take(leaf, range(slots), TASK_AXIS[path[-1].key]), frozen.bank
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), leaves, is_leaf=is_leaf
     )
-    return frozen.replace(bank=bank, keys=frozen.keys[:slots], targets=frozen.targets[:slots, :slots])
+
+
+def _cut(arrays: Tree, declared: Tree) -> Tree:
+    """Arrays with as many slots as they are declared with."""
+
+    def cut(array: np.ndarray, leaf: Leaf) -> np.ndarray:
+        sizes = (size if axis == TASKS else None for size, axis in zip(leaf.shape, leaf.axes, strict=True))
+        return array[tuple(slice(size) for size in sizes)]
+
+    return jax.tree.map(cut, arrays, declared)
+
+
+def _with_tuples(value: Any) -> Any:
+    """A value as settings have it: JSON knows no tuples."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value

@@ -33,9 +33,10 @@ class SaptConfig(PreTrainedConfig):
     Attributes:
       base: the pretrained model, a folder or a name on the Hub; None is the folder `base` beside this config.
       is_encoder_decoder: whether the base is a T5.
+      width: its model width, D.
       tasks: for each of the T blocks, the task that it learned.
       kind: "lora" or "prompt".
-      modules: {block: path of the linear module that it adapts, with {layer} for the layer's number}.
+      modules: {block: path of the `nn.Linear` that it adapts, with {layer} for the layer's number}.
       scale: what LoRA's output is multiplied by, alpha / R.
       temperature: multiplies sqrt(D) under the attention scores.
       pool_padding: a row shorter than the longest of its batch also pools its padding, as the paper's code does.
@@ -48,6 +49,7 @@ class SaptConfig(PreTrainedConfig):
         self,
         base=None,
         is_encoder_decoder=False,
+        width=None,
         tasks=(),
         kind="lora",
         modules=None,
@@ -59,6 +61,7 @@ class SaptConfig(PreTrainedConfig):
     ):
         super().__init__(is_encoder_decoder=is_encoder_decoder, **kwargs)
         self.base = base
+        self.width = width
         self.tasks = list(tasks)
         self.kind = kind
         self.modules = dict(modules or {})
@@ -76,8 +79,9 @@ class SaptModel(PreTrainedModel):
     Args:
       config: a `SaptConfig`.
       base: the transformers model.
-      tensors: bank.*, keys [T, D], projection.{down [D, 100], up [100, D], scale [D], bias [D]} and enabled [T] bool.
-        A block's `a` is [layers, D, T, R], its `b` [layers, T, R, out]; `bank.prompt` is [T, P, D].
+      tensors: bank.*, enabled [T] bool, and, where there is an attention, keys [T, D] and projection.{down [D, 100],
+        up [100, D], scale [D], bias [D]}. A block's `a` is [layers, in, T, R], its `b` [layers, T, R, out];
+        `bank.prompt` is [T, P, D].
     """
 
     config_class = SaptConfig
@@ -91,12 +95,16 @@ class SaptModel(PreTrainedModel):
             groups.setdefault(group, {})[rest] = tensor
         self.bank = nn.ParameterDict(_frozen(groups["bank"]))
         self.projection = nn.ParameterDict(_frozen(groups["projection"]))
-        self.keys = nn.Parameter(tensors["keys"], requires_grad=False)
+        if "keys" in tensors:
+            self.keys = nn.Parameter(tensors["keys"], requires_grad=False)
         self.register_buffer("enabled", tensors["enabled"])
         self._weights = None
         for block, module in config.modules.items():
             for layer in range(len(self.bank[f"{block}_a"])):
                 linear = base.get_submodule(module.replace("{layer}", str(layer)))
+                sizes = self.bank[f"{block}_a"].shape[1], self.bank[f"{block}_b"].shape[-1]
+                if sizes != (linear.in_features, linear.out_features):
+                    raise ValueError(f"{module}: the base model has {linear}, the block {block} is of another model")
                 linear.register_forward_hook(self._make_hook(block, layer))
 
     @classmethod
@@ -118,8 +126,8 @@ class SaptModel(PreTrainedModel):
             base = auto.from_pretrained(place or folder, **inside, **options)
         tensors = load_file(cached_file(folder, "model.safetensors"), device=str(base.device))
         width = base.get_input_embeddings().weight.shape[1]
-        if tensors["keys"].shape[1] != width:
-            raise ValueError(f"the base model is {width} wide, these blocks are of one with {tensors['keys'].shape[1]}")
+        if width != config.width:
+            raise ValueError(f"the base model is {width} wide, these blocks are of one with {config.width}")
         return cls(config, base, tensors).eval()
 
     @torch.no_grad()

@@ -15,19 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from sapt_jax.data.benchmarks import resolve_task_order
-from sapt_jax.export.learned import Learned, write_run
+from sapt_jax.export.learned import Ended, Learned, write_run
 from sapt_jax.export.safe_pickle import read_array
-from sapt_jax.export.sites import Site, at, hf_modules, pet_sites
-from sapt_jax.models.families import read_shape
-from sapt_jax.state import Trainable
+from sapt_jax.export.selector import make_selector, query_projection
+from sapt_jax.export.sites import Site, base_parameters, hf_modules, kernel_path
+from sapt_jax.models.families import family_of, read_shape
+from sapt_jax.pet import Lora
+from sapt_jax.pet.lora import QUERY_AND_VALUE, sites
+from sapt_jax.state import Trainable, Tree
 from sapt_jax.storage.new_folder import new_folder
 
 _A, _B = "lora_weights_A.pt", "lora_weights_B.pt"
 _PROJECTION, _KEYS, _ATTENTION = "trans_input.pt", "prompts_keys_till_now.pt", "attention_weights.pkl"
 FILES = (_A, _B, _PROJECTION, _KEYS, _ATTENTION)
+# Of the query projection, in src/t5_prompt.py; for LLaMA it is the default of an argument.
+HIDDEN = 100
 _LAYERS_OF_PROJECTION = {"down": "0.weight", "up": "1.weight", "scale": "3.weight", "bias": "3.bias"}
 
 
@@ -36,16 +42,11 @@ def write_saved(learned: Learned, out: Path) -> None:
 
     Raises:
       ModuleNotFoundError: PyTorch is not installed.
-      ValueError: the run has no LoRA block for each task.
+      ValueError: the run has no SAPT-LoRA block for each task, or one that the paper's code cannot load.
       FileExistsError: the folder exists.
     """
     torch = _import_torch("to-reference")
-    if learned.config.pet.kind != "lora":
-        raise ValueError("the paper's code has no soft prompts: to-peft or to-torch take them to PyTorch")
-    if len(learned.slots) != len(learned.tasks):
-        raise ValueError(
-            f"config.method={learned.config.method!r} keeps one block for all tasks; the paper's code has one for each"
-        )
+    _check_loadable(learned)
     names = _parameter_names(learned.shape)
 
     def tensor(array: np.ndarray) -> Any:
@@ -56,18 +57,18 @@ def write_saved(learned: Learned, out: Path) -> None:
             folder = unfinished / f"{index + 1}-{task}" / "saved_weights"
             folder.mkdir(parents=True)
             for file, leaf in ((_A, "a"), (_B, "b")):
-                stacks = {site: at(trainable.slot, site)[leaf] for site in names}
                 state = {
-                    f"{name.replace('{layer}', str(layer))}.lora_{leaf.upper()}": tensor(matrix.T)
-                    for site, name in names.items()
-                    for layer, matrix in enumerate(stacks[site])
+                    f"{names[site].replace('{layer}', str(layer))}.lora_{leaf.upper()}": tensor(matrix.T)
+                    for site, block in sites(trainable.slot).items()
+                    for layer, matrix in enumerate(block[leaf])
                 }
                 torch.save(state, folder / file)
-            projection = trainable.query_projection
+            projection = query_projection(trainable.selector)
             state = {name: tensor(projection[part].T) for part, name in _LAYERS_OF_PROJECTION.items()}
             torch.save(state, folder / _PROJECTION)
-            torch.save(tensor(learned.frozen.keys[index::-1]), folder / _KEYS)
-            (folder / _ATTENTION).write_bytes(_pickled(learned.frozen.targets[index, index::-1]))
+            torch.save(tensor(learned.frozen.memory["keys"][index::-1]), folder / _KEYS)
+            targets = learned.frozen.memory["reflection_targets"]
+            (folder / _ATTENTION).write_bytes(_pickled(targets[index, index::-1]))
 
 
 def read_saved(saved: Sequence[Path], base: str, config: ConfigDict, out: Path) -> ConfigDict:
@@ -90,7 +91,7 @@ def read_saved(saved: Sequence[Path], base: str, config: ConfigDict, out: Path) 
     torch = _import_torch("from-reference")
     shape = read_shape(base, "")
     tasks = tuple(_task_name(folder) for folder in saved)
-    trainables, targets, older = [], [], np.zeros((0, shape.d_model), np.float32)
+    ended, older = [], np.zeros((0, shape.d_model), np.float32)
     for folder in saved:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} does not exist: give the saved_weights folder of every task")
@@ -103,12 +104,11 @@ def read_saved(saved: Sequence[Path], base: str, config: ConfigDict, out: Path) 
         target = read_array(folder / _ATTENTION)
         if target.shape != (len(keys),):
             raise ValueError(f"{folder / _ATTENTION} holds {list(target.shape)}, not one weight for {len(keys)} tasks")
-        slot = _read_slot(torch, folder, shape)
-        trainables.append(Trainable(slot, keys[0], _read_projection(torch, folder, shape.d_model)))
-        targets.append(target[::-1].astype(np.float32))
+        slot, projection = _read_slot(torch, folder, shape), _read_projection(torch, folder, shape.d_model)
+        ended.append(Ended(Trainable(slot, make_selector(keys[0], projection)), target[::-1].astype(np.float32)))
         older = keys
-    config = _settle(config, base, tasks, trainables)
-    write_run(config, shape, tasks, trainables, targets, out)
+    config = _settle(config, base, tasks, [one.trainable for one in ended])
+    write_run(config, shape, dict(zip(tasks, ended, strict=True)), out)
     return config
 
 
@@ -120,9 +120,45 @@ def _import_torch(command: str) -> Any:
     return torch
 
 
+def _check_loadable(learned: Learned) -> None:
+    options, shape = learned.config, learned.shape
+    if options.pet.kind != "lora":
+        raise ValueError("the paper's code has no soft prompts: to-peft or to-torch take them to PyTorch")
+    if len(learned.slots) != len(learned.tasks):
+        raise ValueError(
+            f"config.method={options.method!r} keeps one block for all tasks; the paper's code has one for each"
+        )
+    if learned.method.mixing != "attention":
+        raise ValueError(
+            f"config.method={options.method!r} has neither keys nor a query projection, which the paper's code reads: "
+            "to-peft takes its blocks to PyTorch"
+        )
+    if sites(learned.frozen.bank).keys() != sites(_blocks(shape)).keys():
+        raise ValueError(
+            "the paper's code has LoRA on query and value of every attention and on nothing else, this run has it by "
+            f"config.pet.targets={options.pet.targets!r}: to-torch takes it to PyTorch"
+        )
+    if (hidden := options.sapt.query_hidden) != HIDDEN:
+        raise ValueError(
+            f"the paper's code has a query projection {HIDDEN} wide, config.sapt.query_hidden={hidden} is this run's: "
+            "to-torch takes it to PyTorch"
+        )
+    inner = shape.num_heads * shape.head_dim
+    if family_of(shape).is_encoder_decoder and inner != shape.d_model:
+        raise ValueError(
+            f"the paper's code runs a T5 only where its heads together are as wide as the model, and this one's are "
+            f"{inner} and {shape.d_model} wide: to-torch takes it to PyTorch"
+        )
+
+
+def _blocks(shape: Any) -> Tree:
+    """The leaves of a block of rank 1 that the paper's code has on this model."""
+    return Lora(rank=1, alpha=1.0, targets=QUERY_AND_VALUE).block(base_parameters(shape))
+
+
 def _parameter_names(shape: Any) -> dict[Site, str]:
     """The module of every block: transformers' of the projection, with lora_q or lora_v in place of its name."""
-    modules = hf_modules(shape)
+    modules = hf_modules(shape, _blocks(shape))
     return {site: re.sub(r"\.([qv])(_proj)?$", r".lora_\1", module) for site, module in modules.items()}
 
 
@@ -193,39 +229,37 @@ def _read_projection(torch: Any, folder: Path, d_model: int) -> dict[str, np.nda
     return {part: arrays[name].T for part, name in _LAYERS_OF_PROJECTION.items()}
 
 
-def _read_slot(torch: Any, folder: Path, shape: Any) -> Any:
-    names, sites = _parameter_names(shape), pet_sites(shape)
+def _read_slot(torch: Any, folder: Path, shape: Any) -> Tree:
+    names, parameters = _parameter_names(shape), base_parameters(shape)
     arrays = {}
     for file, leaf in ((_A, "a"), (_B, "b")):
         shapes = {}
         for site, name in names.items():
-            layers, fan_in, fan_out = at(sites, site)
+            layers, fan_in, fan_out = parameters[kernel_path(site)].shape
             for layer in range(layers):
                 size = (-1, fan_in) if leaf == "a" else (fan_out, -1)
                 shapes[f"{name.replace('{layer}', str(layer))}.lora_{leaf.upper()}"] = size
         arrays |= _load_named(torch, folder / file, shapes)
     slot = {}
     for site, name in names.items():
-        stack, attention, projection = site
-        layers = range(at(sites, site)[0])
-        slot.setdefault(stack, {}).setdefault(attention, {})[projection] = {
-            leaf: np.stack([arrays[f"{name.replace('{layer}', str(n))}.lora_{leaf.upper()}"].T for n in layers])
-            for leaf in ("a", "b")
-        }
-    return slot
+        layers = range(parameters[kernel_path(site)].shape[0])
+        for leaf in ("a", "b"):
+            matrices = [arrays[f"{name.replace('{layer}', str(n))}.lora_{leaf.upper()}"].T for n in layers]
+            slot[*site, leaf] = np.stack(matrices)
+    return unflatten_dict(slot)
 
 
 def _settle(config: ConfigDict, base: str, tasks: tuple[str, ...], trainables: Sequence[Trainable]) -> ConfigDict:
     """The config with what the files say: base, method, sizes, and a task order that begins with the tasks."""
-    ranks = {leaf.shape[-1] for one in trainables for leaf in _leaves(one.slot, "a")}
-    ranks |= {leaf.shape[1] for one in trainables for leaf in _leaves(one.slot, "b")}
-    hidden = {one.query_projection["down"].shape[1] for one in trainables}
+    blocks = [block for one in trainables for block in sites(one.slot).values()]
+    ranks = {block["a"].shape[-1] for block in blocks} | {block["b"].shape[1] for block in blocks}
+    hidden = {query_projection(one.selector)["down"].shape[1] for one in trainables}
     if len(ranks) > 1 or len(hidden) > 1:
         raise ValueError(f"the folders differ: LoRA ranks {sorted(ranks)}, widths of the projection {sorted(hidden)}")
     config = config.copy_and_resolve_references()
     config.model.path, config.model.variant = base, ""
     config.method, config.pet.kind, config.pet.rank = "sapt", "lora", ranks.pop()
-    config.attention.query_hidden = hidden.pop()
+    config.pet.targets, config.sapt.query_hidden = QUERY_AND_VALUE, hidden.pop()
     if not _begins_with(config, tasks):
         config.task_order = ",".join(tasks)
         for benchmark in (config.benchmark, "superni", "long_sequence", "own"):
@@ -233,10 +267,6 @@ def _settle(config: ConfigDict, base: str, tasks: tuple[str, ...], trainables: S
             if _begins_with(config, tasks):
                 break
     return config
-
-
-def _leaves(slot: Any, leaf: str) -> list[np.ndarray]:
-    return [block[leaf] for attentions in slot.values() for blocks in attentions.values() for block in blocks.values()]
 
 
 def _begins_with(config: ConfigDict, tasks: tuple[str, ...]) -> bool:

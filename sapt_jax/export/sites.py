@@ -1,48 +1,38 @@
-"""Where transformers keeps the projections that LoRA adapts."""
+"""Where transformers keeps the kernels that LoRA adapts."""
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-from sapt_jax.models.families import make_model
-from sapt_jax.models.shapes import T5Config
-from sapt_jax.pet import Sites
-from sapt_jax.pretrained import llama_weights, t5_weights
+from sapt_jax.models.families import Parameter, family_of, make_model, parameters
+from sapt_jax.pet.lora import sites
+from sapt_jax.state import Tree
 
-# A stack, an attention in it and a projection of that, as in `pet.Sites`.
-Site = tuple[str, str, str]
-
-
-def pet_sites(shape: Any) -> Sites:
-    """The projections that LoRA adapts in a model of this shape."""
-    return make_model(shape, "float32", "none").pet_sites(shape)
+# The path of an adapted module in the base tree, such as ("decoder", "layers", "self_attention", "query").
+Site = tuple[str, ...]
 
 
-def is_encoder_decoder(shape: Any) -> bool:
-    """Whether a model of this shape is a T5."""
-    return isinstance(shape, T5Config)
-
-
-def hf_modules(shape: Any) -> dict[Site, str]:
-    """transformers' module of every adapted projection, with `{layer}` for the layer's number."""
-    if is_encoder_decoder(shape):
-        table = t5_weights.hf_table({"model_type": "t5", "tie_word_embeddings": shape.tie_embeddings})
-    else:
-        table = llama_weights.hf_table({})
-    rules = table.by_path()
-    return {
-        (stack, attention, projection): rules[kernel_path((stack, attention, projection))].name.removesuffix(".weight")
-        for stack, attentions in pet_sites(shape).items()
-        for attention, projections in attentions.items()
-        for projection in projections
-    }
+def base_parameters(shape: Any) -> Mapping[str, Parameter]:
+    """The base tree of a model of this shape, by path."""
+    return parameters(make_model(shape, "float32", "none"))
 
 
 def kernel_path(site: Site) -> str:
-    """The path of an adapted projection's kernel in our base tree."""
-    stack, attention, projection = site
-    return f"{stack}/layers/{attention}/{projection}/kernel"
+    """The path of an adapted module's kernel in the base tree."""
+    return "/".join((*site, "kernel"))
 
 
-def at(tree: Any, site: Site) -> Any:
-    """What a tree of blocks holds for a site, {"a": ..., "b": ...}."""
-    stack, attention, projection = site
-    return tree[stack][attention][projection]
+@functools.cache
+def module_names(shape: Any) -> dict[str, str]:
+    """transformers' module of every parameter of the base tree, by path, with `{layer}` for the layer's number."""
+    family = family_of(shape)
+    # What a module is called depends on neither.
+    table = family.tables["hf"]({"model_type": family.model_types[0], "tie_word_embeddings": False})
+    rules = table.by_path()
+    return {path: rules[path].name.removesuffix(".weight") for path in base_parameters(shape)}
+
+
+def hf_modules(shape: Any, blocks: Tree) -> dict[Site, str]:
+    """transformers' module of every site in a tree of LoRA blocks, with `{layer}` for the layer's number."""
+    names = module_names(shape)
+    return {site: names[kernel_path(site)] for site in sites(blocks)}

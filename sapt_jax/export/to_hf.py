@@ -13,9 +13,10 @@ from safetensors.numpy import save_file
 from sapt_jax import sharding
 from sapt_jax.export import tokenizer_files
 from sapt_jax.export.learned import Learned
-from sapt_jax.export.sites import at, hf_modules, is_encoder_decoder, kernel_path
-from sapt_jax.models.families import DTYPES, make_model
+from sapt_jax.export.sites import kernel_path
+from sapt_jax.models.families import DTYPES, family_of, make_model
 from sapt_jax.models.t5 import START_ID
+from sapt_jax.pet.lora import sites
 from sapt_jax.pretrained import hf, rules
 from sapt_jax.pretrained.loading import TABLES, format_of, open_pretrained, read_model_config
 from sapt_jax.pretrained.locate import resolve_path
@@ -24,13 +25,16 @@ from sapt_jax.storage.new_folder import new_folder
 _GENERATION = "generation_config.json"
 
 
-def write_merged(learned: Learned, weights: Sequence[float], out: Path) -> None:
+def write_merged(learned: Learned, weights: Sequence[float] | None, out: Path) -> None:
     """Writes the base model with W + sum_t weights[t] * (alpha / R) * A_t B_t in place of every adapted W.
 
     Sums are taken in float32 and stored in config.model.param_dtype, as the base is.
 
+    Args:
+      weights: as of `Learned.mixture`.
+
     Raises:
-      ValueError: the run learned soft prompts, it has no base model, or from `Learned.check_weights`.
+      ValueError: the run learned soft prompts, it has no base model, or from `Learned.mixture`.
       FileExistsError: the folder exists.
     """
     if learned.config.pet.kind != "lora":
@@ -38,7 +42,7 @@ def write_merged(learned: Learned, weights: Sequence[float], out: Path) -> None:
             "a soft prompt goes before the input and is no part of any weight, so it cannot be merged: to-peft "
             "writes it as an adapter, to-torch with the whole model"
         )
-    deltas = merged_deltas(learned, learned.check_weights(weights))
+    deltas = merged_deltas(learned, learned.mixture(weights))
     with new_folder(out) as folder:
         write_base(learned, folder, deltas)
 
@@ -46,8 +50,7 @@ def write_merged(learned: Learned, weights: Sequence[float], out: Path) -> None:
 def merged_deltas(learned: Learned, weights: np.ndarray) -> dict[str, np.ndarray]:
     """What a mixture [T] adds to the kernels of our base tree: float32 [layers, D, H], by path."""
     options, deltas = learned.config.pet, {}
-    for site in hf_modules(learned.shape):
-        block = at(learned.frozen.bank, site)
+    for site, block in sites(learned.frozen.bank).items():
         columns = block["a"] * (weights * (options.alpha / options.rank))[:, None]
         deltas[kernel_path(site)] = np.einsum("KDTR,KTRH->KDH", columns, block["b"], optimize=True)
     return deltas
@@ -83,7 +86,7 @@ def write_base(learned: Learned, folder: Path, deltas: dict[str, np.ndarray]) ->
         print(f"without a tokenizer: {error}")
     if (location / _GENERATION).is_file():
         shutil.copyfile(location / _GENERATION, folder / _GENERATION)
-    if is_encoder_decoder(learned.shape):
+    if family_of(learned.shape).is_encoder_decoder:
         config.setdefault("decoder_start_token_id", START_ID)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

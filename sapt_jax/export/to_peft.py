@@ -7,6 +7,7 @@ sum. PEFT's forward pass of a prompted LLaMA counts padding on the left as posit
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sapt_jax.export.learned import Learned
-from sapt_jax.export.sites import at, hf_modules, is_encoder_decoder
+from sapt_jax.export.sites import hf_modules, module_names
+from sapt_jax.models.families import family_of
+from sapt_jax.pet.lora import sites
 from sapt_jax.storage.new_folder import new_folder
 
 
@@ -23,7 +26,7 @@ def write_task(learned: Learned, task: str, out: Path) -> None:
     """Writes one task's block as an adapter folder.
 
     Raises:
-      ValueError: the run has no block of this task.
+      ValueError: from `Learned.weights_of`.
       FileExistsError: the folder exists.
     """
     slot = int(np.argmax(learned.weights_of(task)))
@@ -31,14 +34,17 @@ def write_task(learned: Learned, task: str, out: Path) -> None:
         _write(learned, [slot], np.ones(1, np.float32), folder)
 
 
-def write_mixture(learned: Learned, weights: Sequence[float], out: Path) -> None:
+def write_mixture(learned: Learned, weights: Sequence[float] | None, out: Path) -> None:
     """Writes all blocks, mixed by these weights [T], as one adapter folder.
 
+    Args:
+      weights: as of `Learned.mixture`.
+
     Raises:
-      ValueError: from `Learned.check_weights`.
+      ValueError: from `Learned.mixture`.
       FileExistsError: the folder exists.
     """
-    mixture = learned.check_weights(weights)
+    mixture = learned.mixture(weights)
     with new_folder(out) as folder:
         _write(learned, range(len(mixture)), mixture, folder)
 
@@ -47,8 +53,10 @@ def write_all(learned: Learned, out: Path) -> None:
     """Writes every task's block as an adapter folder out/NAME.
 
     Raises:
+      ValueError: from `Learned.check_linear`.
       FileExistsError: the folder exists.
     """
+    learned.check_linear()
     with new_folder(out) as folder:
         for slot, name in enumerate(learned.slots):
             (folder / name).mkdir()
@@ -59,7 +67,7 @@ def _write(learned: Learned, slots: Sequence[int], weights: np.ndarray, folder: 
     make = _prompt if learned.config.pet.kind == "prompt" else _lora
     fields, tensors = make(learned, list(slots), weights)
     config = {
-        "task_type": "SEQ_2_SEQ_LM" if is_encoder_decoder(learned.shape) else "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if family_of(learned.shape).is_encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": learned.config.model.path or None,
         "inference_mode": True,
         **fields,
@@ -71,15 +79,14 @@ def _write(learned: Learned, slots: Sequence[int], weights: np.ndarray, folder: 
 
 
 def _lora(learned: Learned, slots: list[int], weights: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    options, modules = learned.config.pet, hf_modules(learned.shape)
+    options, modules = learned.config.pet, hf_modules(learned.shape, learned.frozen.bank)
     tensors = {}
-    for site, module in modules.items():
-        block = at(learned.frozen.bank, site)
+    for site, block in sites(learned.frozen.bank).items():
         a = block["a"][:, :, slots]
         b = block["b"][:, slots] * weights[:, None, None]
         a, b = a.reshape(*a.shape[:2], -1), b.reshape(len(b), -1, b.shape[-1])
         for layer in range(len(a)):
-            name = f"base_model.model.{module.replace('{layer}', str(layer))}"
+            name = f"base_model.model.{modules[site].replace('{layer}', str(layer))}"
             tensors[f"{name}.lora_A.weight"] = a[layer].T
             tensors[f"{name}.lora_B.weight"] = b[layer].T
     fields = {
@@ -88,9 +95,17 @@ def _lora(learned: Learned, slots: list[int], weights: np.ndarray) -> tuple[dict
         "lora_alpha": options.alpha * len(slots),
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({module.rsplit(".", 1)[1] for module in modules.values()}),
+        "target_modules": _targets(learned.shape, set(modules.values())),
     }
     return fields, tensors
+
+
+def _targets(shape: Any, modules: set[str]) -> list[str] | str:
+    """PEFT's target_modules: last names where these mean the adapted modules alone, else whole names, by regex."""
+    last = {module.rsplit(".", 1)[1] for module in modules}
+    if {name for name in module_names(shape).values() if name.rsplit(".", 1)[-1] in last} == modules:
+        return sorted(last)
+    return "|".join(re.escape(module).replace(re.escape("{layer}"), r"\d+") for module in sorted(modules))
 
 
 def _prompt(learned: Learned, slots: list[int], weights: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -103,7 +118,7 @@ def _prompt(learned: Learned, slots: list[int], weights: np.ndarray) -> tuple[di
         # PEFT's own choice for a T5 would be one prompt for the encoder and one for the decoder.
         "num_transformer_submodules": 1,
         "num_attention_heads": shape.num_heads,
-        "num_layers": shape.num_decoder_layers if is_encoder_decoder(shape) else shape.num_layers,
+        "num_layers": family_of(shape).decoder_layers(shape),
         "prompt_tuning_init": "RANDOM",
     }
     return fields, {"prompt_embeddings": prompt}

@@ -6,7 +6,7 @@
     modeling_sapt.py    the model, which needs nothing of this package
     base/               the base model as a transformers folder, where it is included
 
-Every array goes out and comes back bit for bit.
+Every array goes out and comes back bit for bit. Sequential LoRA has bank.* alone.
 """
 
 import json
@@ -21,16 +21,25 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from sapt_jax.config import flatten
-from sapt_jax.export.learned import Learned, abstract_state, read_base_shape, read_config, slot_names, write_run
-from sapt_jax.export.sites import hf_modules, is_encoder_decoder
+from sapt_jax.config import flatten, make_method
+from sapt_jax.export.learned import (
+    Ended,
+    Learned,
+    declared_state,
+    read_base_shape,
+    read_config,
+    slot_names,
+    write_run,
+)
+from sapt_jax.export.selector import make_selector, query_projection
+from sapt_jax.export.sites import hf_modules
 from sapt_jax.export.to_hf import write_base
-from sapt_jax.pet import read_slot
+from sapt_jax.models.families import family_of
+from sapt_jax.pet.lora import LAYERS
 from sapt_jax.pretrained.hf import read_json
 from sapt_jax.pretrained.loading import format_of
 from sapt_jax.pretrained.locate import resolve_path
-from sapt_jax.run import make_method
-from sapt_jax.state import Trainable
+from sapt_jax.state import Frozen, Trainable, Tree, abstract
 from sapt_jax.storage.new_folder import new_folder
 from sapt_jax.storage.text_files import to_jsonable
 
@@ -44,23 +53,22 @@ def write_model(learned: Learned, include_base: bool, out: Path) -> None:
       include_base: whether the folder gets the base model's weights; else it says where they lie.
 
     Raises:
-      ValueError: the base model is no transformers folder and not to be included, or has random weights.
+      ValueError: the base model is no transformers folder and not to be included, or has random weights; or the method
+        is neither SAPT nor sequential LoRA.
       FileExistsError: the folder exists.
     """
     path = learned.config.model.path
+    if learned.method.mixing not in ("attention", "one"):
+        raise ValueError(
+            f"config.method={learned.config.method!r} does not mix its blocks as modeling_sapt.py does, which knows "
+            "SAPT's attention and a single block: to-peft and to-hf take blocks under given weights to PyTorch"
+        )
     if not include_base:
         _check_readable(learned)
     with new_folder(out) as folder:
-        frozen = learned.frozen
-        tensors = {
-            **_flat(frozen.bank, "bank"),
-            **_flat(learned.trainables[-1].query_projection, "projection"),
-            "keys": frozen.keys,
-            "enabled": frozen.enabled,
-        }
-        _save(tensors, folder / MODEL)
-        history = jax.tree.map(lambda *parts: np.stack(parts), *(one.query_projection for one in learned.trainables))
-        _save({**_flat(history, "projection"), "targets": frozen.targets}, folder / RUN)
+        _save(_model_tensors(learned.frozen, learned.trainables[-1]), folder / MODEL)
+        history = jax.tree.map(lambda *parts: np.stack(parts), *(one.selector for one in learned.trainables))
+        _save(_run_tensors(learned.frozen, history), folder / RUN)
         config = _config(learned, None if include_base else str(resolve_path(path).absolute()))
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
@@ -93,30 +101,40 @@ def read_model(folder: Path, base: str, out: Path) -> None:
         raise ValueError(
             f"config.method={config.method!r} keeps the block of its last task alone: the run cannot be rebuilt from it"
         )
-    frozen, trainable = abstract_state(config, shape, len(tasks))
-    projection = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((len(tasks), *x.shape), x.dtype), trainable.query_projection
-    )
-    model = _load(
-        folder / MODEL,
-        {
-            **_flat(frozen.bank, "bank"),
-            **_flat(trainable.query_projection, "projection"),
-            "keys": frozen.keys,
-            "enabled": frozen.enabled,
-        },
-    )
-    run = _load(folder / RUN, {**_flat(projection, "projection"), "targets": frozen.targets})
-    bank = _like(frozen.bank, model, "bank")
-    projections = _like(projection, run, "projection")
-    trainables = [
-        Trainable(
-            read_slot(bank, index), model["keys"][index], jax.tree.map(lambda leaf, i=index: leaf[i], projections)
-        )
-        for index in range(len(tasks))
-    ]
-    targets = [run["targets"][index, : index + 1] for index in range(len(tasks))]
-    write_run(config, shape, tasks, trainables, targets, out)
+    frozen, trainable = abstract(declared_state(config, shape, len(tasks)))
+    history = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(tasks), *x.shape), x.dtype), trainable.selector)
+    model = _load(folder / MODEL, _model_tensors(frozen, trainable))
+    run = _load(folder / RUN, _run_tensors(frozen, history))
+    bank = {path: model[name] for path, name in _bank_names(frozen.bank).items()}
+    bank, ended = flax.traverse_util.unflatten_dict(bank), {}
+    for index, task in enumerate(tasks):
+        projection = {name: run[f"projection.{name}"][index] for name in query_projection(trainable.selector)}
+        selector = make_selector(model["keys"][index], projection)
+        ended[task] = Ended(Trainable(method.pet.read(bank, index), selector), run["targets"][index, : index + 1])
+    write_run(config, shape, ended, out)
+
+
+def _model_tensors(frozen: Frozen, trainable: Trainable) -> dict[str, Any]:
+    bank = flax.traverse_util.flatten_dict(frozen.bank)
+    tensors = {name: bank[path] for path, name in _bank_names(frozen.bank).items()} | {"enabled": frozen.enabled}
+    return tensors | ({"keys": frozen.memory["keys"], **_projection(trainable.selector)} if trainable.selector else {})
+
+
+def _run_tensors(frozen: Frozen, history: Tree) -> dict[str, Any]:
+    return {"targets": frozen.memory["reflection_targets"], **_projection(history)} if history else {}
+
+
+def _projection(selector: Tree) -> dict[str, Any]:
+    return {f"projection.{name}": array for name, array in query_projection(selector).items()}
+
+
+def _bank_names(bank: Tree) -> dict[tuple[str, ...], str]:
+    """For each array of the bank, by path, a name that a PyTorch module can have: bank.first_second_third."""
+    return {path: f"bank.{_joined(path)}" for path in flax.traverse_util.flatten_dict(bank)}
+
+
+def _joined(path: tuple[str, ...]) -> str:
+    return "_".join(part for part in path if part != LAYERS)
 
 
 def _check_readable(learned: Learned) -> None:
@@ -135,33 +153,27 @@ def _check_readable(learned: Learned) -> None:
 
 
 def _config(learned: Learned, base: str | None) -> dict[str, Any]:
-    options, lora = learned.config, learned.config.pet.kind == "lora"
+    options, method = learned.config, learned.method
+    modules = hf_modules(learned.shape, learned.frozen.bank) if options.pet.kind == "lora" else {}
+    # A single block is mixed as the mean of all.
+    mixing = {"selection": "mean"}
+    if method.mixing == "attention":
+        mixing = {name: getattr(method, name) for name in ("temperature", "pool_padding", "selection")}
     return {
         "model_type": "sapt",
         "architectures": ["SaptModel"],
         "auto_map": {"AutoConfig": "modeling_sapt.SaptConfig", "AutoModel": "modeling_sapt.SaptModel"},
         "base": base,
-        "is_encoder_decoder": is_encoder_decoder(learned.shape),
+        "is_encoder_decoder": family_of(learned.shape).is_encoder_decoder,
         "tasks": learned.slots,
         "kind": options.pet.kind,
-        "modules": {"_".join(site): module for site, module in hf_modules(learned.shape).items()} if lora else {},
+        "modules": {_joined(site): module for site, module in modules.items()},
         "scale": options.pet.alpha / options.pet.rank,
-        "temperature": options.attention.temperature,
-        "pool_padding": options.attention.pool_padding,
-        "selection": options.attention.selection,
+        "width": learned.shape.d_model,
+        **mixing,
         "run": to_jsonable(flatten(options)),
         "run_tasks": learned.tasks,
     }
-
-
-def _flat(tree: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """Leaves under names that a PyTorch module can have: group.first_second_third."""
-    return {f"{group}.{name}": leaf for name, leaf in flax.traverse_util.flatten_dict(tree, sep="_").items()}
-
-
-def _like(tree: Any, arrays: Mapping[str, np.ndarray], group: str) -> Any:
-    names = {path: f"{group}.{'_'.join(path)}" for path in flax.traverse_util.flatten_dict(tree)}
-    return flax.traverse_util.unflatten_dict({path: arrays[name] for path, name in names.items()})
 
 
 def _save(tensors: Mapping[str, Any], file: Path) -> None:

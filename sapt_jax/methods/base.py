@@ -62,6 +62,8 @@ class Method(abc.ABC):
     Attributes:
       pet: the kind of block.
       needs_task_id: `Task.rows` is told at test time.
+      mixing: what the weights are, for exporters: "sum" of all blocks, each at weight 1; "one" block, the bank's only;
+        SAPT's "attention" over task keys; or "routed", by default: anything else that sums to 1.
       samples: what the method wants of earlier tasks: "inputs", or None.
       pass_before, pass_after: the split that `measure` reads before and after a task, or None.
       rows_before: training inputs whose features `begin_task` is given.
@@ -70,6 +72,7 @@ class Method(abc.ABC):
     pet: Pet
 
     needs_task_id: ClassVar[bool] = False
+    mixing: ClassVar[str] = "routed"
     pass_before: ClassVar[str | None] = None
     pass_after: ClassVar[str | None] = None
 

@@ -1,6 +1,7 @@
 """IncLoRA: a block of its own for every task, and the plain sum of all of them."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -14,6 +15,8 @@ class IncLora(Method):
 
     O-LoRA without its penalty (arXiv 2310.14152). With soft prompts the sum is that of the prompts.
     """
+
+    mixing: ClassVar[str] = "sum"
 
     def weights(
         self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task, training: bool

@@ -52,6 +52,7 @@ class Sapt(Method):
     )
     warm_start_learning_rate: float = setting(2e-3, "Of these updates, by Adam.", POSITIVE)
 
+    mixing: ClassVar[str] = "attention"
     pass_after: ClassVar[str | None] = "dev"
 
     @property

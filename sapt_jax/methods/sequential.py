@@ -1,6 +1,7 @@
 """Sequential LoRA or prompt: one block that every task goes on training, unprotected. The paper's lower bound."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -11,6 +12,8 @@ from sapt_jax.state import Frozen, Task, Trainable
 @dataclasses.dataclass(frozen=True)
 class Sequential(Method):
     """A bank of one slot, which is the whole mixture."""
+
+    mixing: ClassVar[str] = "one"
 
     def capacity(self, num_tasks: int) -> int:
         return 1

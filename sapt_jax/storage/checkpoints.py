@@ -173,11 +173,17 @@ def saved_capacity(folder: Path, declared: Frozen) -> int:
 
     Args:
       declared: the frozen tree's leaves, at any capacity.
+
+    Raises:
+      ValueError: the checkpoint is of other blocks.
     """
     path, leaf = jax.tree_util.tree_leaves_with_path({"bank": declared.bank}, is_leaf=is_leaf)[0]
-    found = _stored(_absolute(folder) / "committed")
-    name = jax.tree_util.keystr(path)
-    return found[name if name in found else _name_in_format_1(name)].shape[leaf.axes.index(TASKS)]
+    where = _absolute(folder) / "committed"
+    found = _stored(where)
+    name = _stored_name(jax.tree_util.keystr(path), found)
+    if name not in found:
+        raise ValueError(f"{where} lacks {name}, which the blocks of this run's model and config have.")
+    return found[name].shape[leaf.axes.index(TASKS)]
 
 
 def save_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> None:
@@ -199,7 +205,7 @@ def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[
     stored = _stored(where)
     plain = _plain(wanted)
     # What each array is called in the checkpoint.
-    names = {name: name if _FORMAT in stored else _name_in_format_1(name) for name in plain}
+    names = {name: _stored_name(name, stored) for name in plain}
     targets = {names[name]: target for name, target in plain.items()}
     extra = {name: target for name, target in stored.items() if name not in targets and _is_known(name, stored)}
     _check(where, targets, ignore=extra)
@@ -215,7 +221,10 @@ def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[
     return frozen.replace(bank=tree["bank"], memory=tree["memory"]), tree["trainable"]
 
 
-def _name_in_format_1(name: str) -> str:
+def _stored_name(name: str, stored: Collection[str]) -> str:
+    """What an array is called in a committed task's checkpoint that holds these."""
+    if _FORMAT in stored:
+        return name
     for ours, theirs in _FORMAT_1:
         if re.fullmatch(ours, name):
             name = re.sub(ours, theirs, name)

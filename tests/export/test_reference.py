@@ -26,7 +26,7 @@ def folders(out, tasks=TASKS):
     return [out / f"{number}-{task}" / "saved_weights" for number, task in enumerate(tasks, start=1)]
 
 
-@pytest.fixture(scope="module", params=["t5", "llama grouped"])
+@pytest.fixture(scope="module", params=["t5 square", "llama grouped"])
 def written(request, tmp_path_factory):
     """(family, folder with base and run, what the run learned, the folder written from it)."""
     folder = tmp_path_factory.mktemp("written")
@@ -61,12 +61,12 @@ def test_names_shapes_and_values(written):
                 np.testing.assert_array_equal(stored.numpy(), block["a"][layer, :, task].T)
                 np.testing.assert_array_equal(b[f"{module}.lora_{letter}.lora_B"], block["b"][layer, task].T)
         keys = load(folder / "prompts_keys_till_now.pt")
-        np.testing.assert_array_equal(keys, learned.frozen.keys[: task + 1][::-1])
+        np.testing.assert_array_equal(keys, learned.frozen.memory["keys"][: task + 1][::-1])
         # As the paper's code reads it, with numpy's old module name for the numpy of its time.
         content = (folder / "attention_weights.pkl").read_bytes()
         assert b"numpy.core" in content and b"numpy._core" not in content
         weights = pickle.loads(content)
-        np.testing.assert_array_equal(weights, learned.frozen.targets[task, : task + 1][::-1])
+        np.testing.assert_array_equal(weights, learned.frozen.memory["reflection_targets"][task, : task + 1][::-1])
 
 
 def test_the_files_give_our_attention_in_pytorch(written):
@@ -85,7 +85,7 @@ def test_the_files_give_our_attention_in_pytorch(written):
             scores = projection(torch.tensor(pooled)) @ load(folder / "prompts_keys_till_now.pt").T / d_model**0.5
         query = shared_attention.make_query(learned.trainables[task].query_projection, jnp.asarray(pooled))
         active = jnp.arange(len(TASKS)) <= task
-        ours = np.exp(shared_attention.log_weights(query, learned.frozen.keys, active, 1.0))
+        ours = np.exp(shared_attention.log_weights(query, learned.frozen.memory["keys"], active, 1.0))
         np.testing.assert_allclose(scores.softmax(dim=-1).numpy()[:, ::-1], ours[:, : task + 1], atol=1e-5)
 
 
@@ -120,14 +120,14 @@ def test_files_as_the_paper_writes_them(written, tmp_path):
     back = read_run(tmp_path / "back")
     rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float32), learned.trainables)
     jax.tree.map(np.testing.assert_array_equal, list(back.trainables), list(rounded))
-    np.testing.assert_array_equal(back.frozen.targets, learned.frozen.targets)
+    np.testing.assert_array_equal(back.frozen.memory["reflection_targets"], learned.frozen.memory["reflection_targets"])
 
 
 def test_the_config_says_what_the_files_say(written, tmp_path):
     _, folder, _, out = written
-    config = make_config("elsewhere", "prompt", **{"task_order": "other", "pet.rank": 7, "attention.query_hidden": 9})
+    config = make_config("elsewhere", "prompt", **{"task_order": "other", "pet.rank": 7, "sapt.query_hidden": 9})
     recorded = reference.read_saved(folders(out), str(folder / "base"), config, tmp_path / "back")
-    assert (recorded.pet.kind, recorded.pet.rank, recorded.attention.query_hidden) == ("lora", RANK, HIDDEN)
+    assert (recorded.pet.kind, recorded.pet.rank, recorded.sapt.query_hidden) == ("lora", RANK, HIDDEN)
     assert recorded.task_order == ",".join(TASKS) and recorded.model.path == str(folder / "base")
     assert read_run(tmp_path / "back").config == recorded
     assert config.pet.kind == "prompt", "the caller's config was changed"
@@ -191,8 +191,8 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="no soft prompts: to-peft or to-torch"):
         reference.write_saved(read_run(run), tmp_path / "outputs")
     (tmp_path / "sequential").mkdir()
-    _, run = make_run(tmp_path / "sequential", "llama", "lora", method="seq_lora")
-    with pytest.raises(ValueError, match="seq_lora.*keeps one block for all tasks"):
+    _, run = make_run(tmp_path / "sequential", "llama", "lora", method="sequential")
+    with pytest.raises(ValueError, match="sequential.*keeps one block for all tasks"):
         reference.write_saved(read_run(run), tmp_path / "outputs")
     assert not list(tmp_path.glob("outputs*"))
 
@@ -204,7 +204,7 @@ def test_a_run_goes_on_from_imported_files(tmp_path):
     overrides = {"model.variant": "", "model.path": str(base), "train.epochs": 1, "task_order": ",".join(tasks)}
     make_run(tmp_path, "llama of bytes", "lora", tasks=tasks, task_order=",".join(tasks))
     reference.write_saved(read_run(tmp_path / "run"), tmp_path / "outputs")
-    config = tiny_config(data, **{**overrides, "attention.query_hidden": HIDDEN})
+    config = tiny_config(data, **{**overrides, "sapt.query_hidden": HIDDEN})
     workdir = tmp_path / "back"
     recorded = reference.read_saved(folders(tmp_path / "outputs", tasks), str(base), config, workdir)
     before = read_run(workdir)
@@ -214,8 +214,8 @@ def test_a_run_goes_on_from_imported_files(tmp_path):
     after = read_run(workdir)
     assert after.tasks == ("shout", "mirror", "first")
     jax.tree.map(np.testing.assert_array_equal, list(after.trainables[:2]), list(before.trainables))
-    np.testing.assert_array_equal(after.frozen.keys[:2], before.frozen.keys)
-    np.testing.assert_array_equal(after.frozen.targets[:2, :2], before.frozen.targets)
+    np.testing.assert_array_equal(after.frozen.memory["keys"][:2], before.frozen.memory["keys"])
+    np.testing.assert_array_equal(after.frozen.memory["reflection_targets"][:2, :2], before.frozen.memory["reflection_targets"])
     # The third task opened a block of its own and went on training the projection that was imported.
     assert all(np.any(leaf) for leaf in jax.tree.leaves(after.trainables[2].slot))
     moved = np.abs(after.trainables[2].query_projection["down"] - before.trainables[1].query_projection["down"])

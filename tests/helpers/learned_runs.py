@@ -4,31 +4,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import common
-from sapt_jax.decoding.search import make_generate
-from sapt_jax.export.learned import abstract_state, read_run, write_run
-from sapt_jax.methods import shared_attention
+from sapt_jax.config import default_config, make_method
+from sapt_jax.decoding.answers import Ends, Search, make_generate
+from sapt_jax.export.learned import Ended, declared_state, read_run, write_run
 from sapt_jax.models.families import make_model, read_shape
 from sapt_jax.pretrained.loading import load_pretrained
-from sapt_jax.run import make_method
+from sapt_jax.programs import make_apply
 from sapt_jax.sharding import AXES, abstract_params, make_mesh
+from sapt_jax.state import Task, is_leaf
 from tests.helpers import llama_reference, t5_reference
 
 TASKS = ("first", "second", "third")
-RANK, ALPHA, PROMPT, HIDDEN = 2, 6.0, 3, 5
+# The query projection is as wide as the paper's code can load it.
+RANK, ALPHA, PROMPT, HIDDEN = 2, 6.0, 3, 100
 FAMILIES = {
     "t5": lambda seed: make_t5("v1.1", seed),
     "t5 tied": lambda seed: make_t5("v1.0", seed),
+    # The only T5s that the paper's code runs: heads * d_kv == d_model.
+    "t5 square": lambda seed: make_t5("v1.1", seed, num_heads=2, d_kv=8),
     "llama": lambda seed: llama_reference.make_reference("multi-head, untied", seed),
     "llama grouped": lambda seed: llama_reference.make_reference("grouped, tied", seed),
     "llama of bytes": lambda seed: make_byte_llama(seed),
 }
 
 
-def make_t5(generation, seed):
+def make_t5(generation, seed, **overrides):
     """A T5 that says something of its source, which a random one hardly sees."""
     # transformers' cache fails where a T5's decoder is deeper than its encoder.
-    model = t5_reference.make_reference(generation, seed, num_decoder_layers=2)
+    model = t5_reference.make_reference(generation, seed, num_decoder_layers=2, **overrides)
     with t5_reference.torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("EncDecAttention.v.weight", "EncDecAttention.o.weight")):
@@ -52,12 +55,12 @@ def make_base(family, folder, seed=0):
 
 
 def make_config(base, kind, **overrides):
-    config = common.get_config()
+    config = default_config()
     config.benchmark, config.task_order = "own", ",".join(TASKS)
     config.model.path = str(base)
     config.model.dtype = config.model.param_dtype = "float32"
     config.pet.kind, config.pet.rank, config.pet.alpha, config.pet.prompt_length = kind, RANK, ALPHA, PROMPT
-    config.attention.query_hidden = HIDDEN
+    config.sapt.query_hidden = HIDDEN
     config.update_from_flattened_dict(overrides)
     return config
 
@@ -68,7 +71,7 @@ def make_run(folder, family, kind, seed=1, tasks=TASKS, **overrides):
     model = make_base(family, base, seed)
     config = make_config(base, kind, **overrides)
     shape = read_shape(config.model.path, "")
-    trainable = abstract_state(config, shape, 1)[1]
+    method, (_, trainable) = make_method(config), declared_state(config, shape, 1)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -76,12 +79,14 @@ def make_run(folder, family, kind, seed=1, tasks=TASKS, **overrides):
         # Blocks that move the logits without drowning the base.
         drawn = {"a": 0.5, "b": 0.3, "prompt": 0.7}.get(name, 1.0) * rng.standard_normal(leaf.shape)
         # What all pooled inputs have in common cancels, so that rows attend to different tasks.
-        return (drawn - drawn.mean(axis=0) if name == "down" else drawn).astype(np.float32)
+        is_down = any(getattr(key, "key", "") == "down" for key in path)
+        return (drawn - drawn.mean(axis=0) if is_down else drawn).astype(np.float32)
 
-    trainables = [jax.tree_util.tree_map_with_path(draw, trainable) for _ in tasks]
-    slots = 1 if config.method == "seq_lora" else len(tasks)
-    targets = [rng.dirichlet(np.ones(min(index + 1, slots))).astype(np.float32) for index in range(len(tasks))]
-    write_run(config, shape, tasks, trainables, targets, folder / "run")
+    ended = {}
+    for index, task in enumerate(tasks):
+        target = rng.dirichlet(np.ones(index + 1)).astype(np.float32) if method.mixing == "attention" else None
+        ended[task] = Ended(jax.tree_util.tree_map_with_path(draw, trainable, is_leaf=is_leaf), target)
+    write_run(config, shape, ended, folder / "run")
     return model, folder / "run"
 
 
@@ -102,14 +107,15 @@ class Ours:
         params = load_pretrained(config.model.path, abstract_params(self.model, mesh, jnp.float32))
         self.frozen = self.learned.frozen.replace(base=params)
         self.trainable = self.learned.trainables[-1]
-        self.slot = np.int32(len(self.learned.slots) - 1)
+        index = len(self.learned.tasks) - 1
+        self.task = Task(np.int32(index), np.int32(self.method.slot_index(index)), np.int32(0))
+        self._apply = make_apply(self.model)
         self._logits = jax.jit(self._compute_logits)
 
     def attention(self, batch):
         """The mixture's weights [B, T] by our method."""
-        embeddings = self.model.apply({"params": self.frozen.base}, batch["source"], method="embed")
-        pooled = shared_attention.pool(embeddings, batch["source_mask"], self.method.pool_padding)
-        return self.method.selection_weights(self.frozen, self.trainable, pooled, self.slot)
+        features = self.method.features(self._apply, self.frozen.base, batch["source"], batch["source_mask"])
+        return self.method.weights(self.frozen, self.trainable, features, self.task, training=False)
 
     def logits(self, batch, weights):
         """Teacher-forced logits [B, L, V] under given weights [T] or [B, T]."""
@@ -117,12 +123,12 @@ class Ours:
         return np.asarray(self._logits(batch, weights))
 
     def _compute_logits(self, batch, weights):
-        mixture = self.method.mixture(self.frozen, self.trainable, weights, self.slot)
+        mixture = self.method.mixture(self.frozen, self.trainable, weights, self.task)
         names = ("source", "source_mask", "target", "target_mask")
-        return self.model.apply({"params": self.frozen.base}, *(batch[name] for name in names), mixture)
+        return self._apply(self.frozen.base, *(batch[name] for name in names), mixture)
 
     def generate(self, batch, new_tokens, eos_id):
         """Greedy answers [B, new_tokens], padded with 0, and the weights [B, T]."""
-        generate = make_generate(self.model, self.method, new_tokens, eos_id, 0, 1, 0.0)
-        tokens, weights = generate(self.frozen, self.trainable, batch["source"], batch["source_mask"], self.slot)
+        generate = make_generate(self._apply, self.method, Ends(new_tokens, eos_id, 0), Search())
+        tokens, weights = generate(self.frozen, self.trainable, batch["source"], batch["source_mask"], self.task)
         return np.asarray(tokens), np.asarray(weights)
