@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="base models are written by transformers")
 
-from configs.common import get_config  # noqa: E402
-
+from configs.default import get_config  # noqa: E402
 from sapt_jax.config import flatten  # noqa: E402
 from sapt_jax.convert.__main__ import main  # noqa: E402
 from sapt_jax.storage.text_files import to_jsonable  # noqa: E402
@@ -23,7 +22,7 @@ COMMANDS = ("to-peft", "to-reference", "from-reference", "to-hf", "to-torch", "f
 def folder(tmp_path_factory):
     """Holds base and run, of LoRA."""
     made = tmp_path_factory.mktemp("run")
-    make_run(made, "t5", "lora")
+    make_run(made, "t5 square", "lora")
     return made
 
 
@@ -68,7 +67,7 @@ def test_there_and_back(folder, tmp_path, capsys):
     assert_same_arrays(committed(run), committed(back))
     # What it prints is the command that goes on: its flags are all that the recorded settings change.
     words = shlex.split(capsys.readouterr().out.splitlines()[1])
-    assert words[:4] == ["python", "-m", "sapt_jax.main", "--config=configs/common.py"]
+    assert words[:4] == ["python", "-m", "sapt_jax.main", "--config=configs/default.py"]
     assert words[-1] == f"--workdir={back}"
     flags = dict(word.removeprefix("--config.").split("=", 1) for word in words[4:-1])
     recorded, common = json.loads((back / "config.json").read_text()), to_jsonable(flatten(get_config()))
@@ -107,7 +106,7 @@ def test_errors(folder, tmp_path):
     config = json.loads((run / "config.json").read_text())
     for wrong, expected in [
         ({**config, "model.path": str(tmp_path / "gone")}, "--base=PATH says where the base model lies now"),
-        ({**config, "method": "seq_lora", "pet.rnk": 3}, "config.pet.rnk is not a setting"),
+        ({**config, "method": "sequential", "pet.rnk": 3}, "config.pet.rnk is not a setting"),
         ({**config, "pet.rank": 5}, "not the model that this run was trained on, or the run is damaged"),
     ]:
         (tmp_path / "wrong").mkdir(exist_ok=True)

@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch", reason="the paper's code writes PyTorch fil
 from sapt_jax import continual  # noqa: E402
 from sapt_jax.export import reference  # noqa: E402
 from sapt_jax.export.learned import read_run  # noqa: E402
-from sapt_jax.methods import shared_attention  # noqa: E402
+from sapt_jax.export.selector import query_projection  # noqa: E402
+from sapt_jax.state import Task  # noqa: E402
 from tests.helpers.learned_runs import HIDDEN, RANK, TASKS, make_base, make_config, make_run  # noqa: E402
 from tests.helpers.run_files import assert_same_arrays, committed  # noqa: E402
 from tests.helpers.tiny import tiny_config, write_tasks  # noqa: E402
@@ -38,7 +39,7 @@ def written(request, tmp_path_factory):
 
 def test_names_shapes_and_values(written):
     family, _, learned, out = written
-    if family == "t5":
+    if family == "t5 square":
         names = [
             *((f"encoder.block.{n}.layer.0.SelfAttention", ("encoder", "attention"), n) for n in range(2)),
             *((f"decoder.block.{n}.layer.0.SelfAttention", ("decoder", "self_attention"), n) for n in range(2)),
@@ -55,7 +56,7 @@ def test_names_shapes_and_values(written):
         assert set(b) == {f"{module}.lora_{letter}.lora_B" for module, _, _ in names for letter in "qv"}
         for module, (stack, attention), layer in names:
             for letter, projection in (("q", "query"), ("v", "value")):
-                block = learned.frozen.bank[stack][attention][projection]
+                block = learned.frozen.bank[stack]["layers"][attention][projection]
                 stored = a[f"{module}.lora_{letter}.lora_A"]
                 assert stored.shape[0] == RANK and stored.dtype == torch.float32
                 np.testing.assert_array_equal(stored.numpy(), block["a"][layer, :, task].T)
@@ -83,9 +84,8 @@ def test_the_files_give_our_attention_in_pytorch(written):
         projection.load_state_dict(load(folder / "trans_input.pt"))
         with torch.no_grad():
             scores = projection(torch.tensor(pooled)) @ load(folder / "prompts_keys_till_now.pt").T / d_model**0.5
-        query = shared_attention.make_query(learned.trainables[task].query_projection, jnp.asarray(pooled))
-        active = jnp.arange(len(TASKS)) <= task
-        ours = np.exp(shared_attention.log_weights(query, learned.frozen.memory["keys"], active, 1.0))
+        place = Task(np.int32(task), np.int32(task), np.int32(0))
+        ours = np.exp(learned.method.log_weights(learned.frozen, learned.trainables[task], pooled, place))
         np.testing.assert_allclose(scores.softmax(dim=-1).numpy()[:, ::-1], ours[:, : task + 1], atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_files_as_the_paper_writes_them(written, tmp_path):
     back = read_run(tmp_path / "back")
     rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float32), learned.trainables)
     jax.tree.map(np.testing.assert_array_equal, list(back.trainables), list(rounded))
-    np.testing.assert_array_equal(back.frozen.memory["reflection_targets"], learned.frozen.memory["reflection_targets"])
+    jax.tree.map(np.testing.assert_array_equal, *(x.frozen.memory["reflection_targets"] for x in (back, learned)))
 
 
 def test_the_config_says_what_the_files_say(written, tmp_path):
@@ -178,10 +178,11 @@ def test_bad_files(written, tmp_path):
     keys = load(folders(out)[1] / "prompts_keys_till_now.pt")
     assert "not those of the folder before" in message(damaged("prompts_keys_till_now.pt", keys.flip(0)))
     assert "in the order that they were trained in" in message(folders(out)[::-1])
-    make_base("llama" if family == "t5" else "t5", tmp_path / "other")
+    make_base("llama" if family == "t5 square" else "t5", tmp_path / "other")
     assert "--base their model" in message(folders(out), base=tmp_path / "other")
-    make_base("t5" if family == "t5" else "llama", tmp_path / "same kind")
-    if family != "t5":  # as wide, with more value heads
+    if family != "t5 square":
+        # As wide, with more value heads.
+        make_base("llama", tmp_path / "same kind")
         assert "lora_v.lora_B is [16, 2], not [32, 2]" in message(folders(out), base=tmp_path / "same kind")
 
 
@@ -190,6 +191,17 @@ def test_what_cannot_be_written(tmp_path):
     _, run = make_run(tmp_path / "prompt", "llama", "prompt")
     with pytest.raises(ValueError, match="no soft prompts: to-peft or to-torch"):
         reference.write_saved(read_run(run), tmp_path / "outputs")
+    for name, family, overrides, message in [
+        ("sum", "llama", {"method": "inc_lora"}, "inc_lora.*has neither keys nor a query projection"),
+        ("more", "llama", {"pet.targets": r".*/(query|value|out)/kernel"}, "on query and value of every attention"),
+        ("less", "t5 square", {"pet.targets": r"decoder/.*/(query|value)/kernel"}, "on query and value of every"),
+        ("narrow", "llama", {"sapt.query_hidden": 5}, "a query projection 100 wide, config.sapt.query_hidden=5"),
+        ("t5", "t5", {}, "are 32 and 16 wide: to-torch takes it"),
+    ]:
+        (tmp_path / name).mkdir()
+        _, run = make_run(tmp_path / name, family, "lora", **overrides)
+        with pytest.raises(ValueError, match=message):
+            reference.write_saved(read_run(run), tmp_path / "outputs")
     (tmp_path / "sequential").mkdir()
     _, run = make_run(tmp_path / "sequential", "llama", "lora", method="sequential")
     with pytest.raises(ValueError, match="sequential.*keeps one block for all tasks"):
@@ -215,8 +227,10 @@ def test_a_run_goes_on_from_imported_files(tmp_path):
     assert after.tasks == ("shout", "mirror", "first")
     jax.tree.map(np.testing.assert_array_equal, list(after.trainables[:2]), list(before.trainables))
     np.testing.assert_array_equal(after.frozen.memory["keys"][:2], before.frozen.memory["keys"])
-    np.testing.assert_array_equal(after.frozen.memory["reflection_targets"][:2, :2], before.frozen.memory["reflection_targets"])
+    targets, were = (x.frozen.memory["reflection_targets"] for x in (after, before))
+    np.testing.assert_array_equal(targets[:2, :2], were)
     # The third task opened a block of its own and went on training the projection that was imported.
     assert all(np.any(leaf) for leaf in jax.tree.leaves(after.trainables[2].slot))
-    moved = np.abs(after.trainables[2].query_projection["down"] - before.trainables[1].query_projection["down"])
+    down, was = (query_projection(one.selector)["down"] for one in (after.trainables[2], before.trainables[1]))
+    moved = np.abs(down - was)
     assert 0 < moved.max() < 0.2
