@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import args as ocp_args
@@ -31,7 +32,7 @@ _FORMAT_1 = (
     (r"\['memory'\]\['keys'\]", "['keys']"),
     (r"\['memory'\]\['reflection_targets'\]", "['targets']"),
     (r"\['trainable'\]\.selector\['key'\]", "['trainable'].key"),
-    (r"(\['trainable'\])\.selector(\['query_projection'\]\['(?:up|down)'\])\['kernel'\]", r"\1.query_projection\2"),
+    (r"(\['trainable'\])\.selector\['query_projection'\](\['(?:up|down)'\])\['kernel'\]", r"\1.query_projection\2"),
     (r"(\['trainable'\])\.selector\['query_projection'\]\['norm'\](.*)", r"\1.query_projection\2"),
     (r"(.*\['(?:en|de)coder'\])\['layers'\](.*)", r"\1\2"),
 )
@@ -204,19 +205,16 @@ def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[
     wanted = abstract_like(committed(frozen, trainable))
     stored = _stored(where)
     plain = _plain(wanted)
-    # What each array is called in the checkpoint.
-    names = {name: _stored_name(name, stored) for name in plain}
-    targets = {names[name]: target for name, target in plain.items()}
-    extra = {name: target for name, target in stored.items() if name not in targets and _is_known(name, stored)}
-    _check(where, targets, ignore=extra)
-    others = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_any_sharding(plain)) for name, x in extra.items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.restore(where, targets | others)
-    written = int(found[_FORMAT]) if _FORMAT in found else 1
+    written = _written_format(where, stored)
     if written > FORMAT:
         raise ValueError(
             f"{where} was written in format {written}, this version of sapt_jax reads up to {FORMAT}: take a newer one."
         )
+    # What each array is called in the checkpoint.
+    names = {name: _stored_name(name, stored) for name in plain}
+    targets = {names[name]: target for name, target in plain.items()}
+    _check(where, targets, ignore={name for name in stored if name not in targets and _is_known(name, stored)})
+    found = _restore(where, targets, ocp.checkpoint_utils.construct_restore_args(targets))
     tree = _like(wanted, {name: found[names[name]] for name in plain})
     return frozen.replace(bank=tree["bank"], memory=tree["memory"]), tree["trainable"]
 
@@ -236,10 +234,18 @@ def _is_known(name: str, stored: dict[str, Any]) -> bool:
     return name == _FORMAT or (_FORMAT not in stored and _LEFT_BEHIND.fullmatch(name) is not None)
 
 
-def _any_sharding(plain: dict[str, Any]) -> Any:
-    mesh = next(iter(plain.values())).sharding
-    whole = getattr(mesh, "mesh", None)
-    return mesh if whole is None else jax.sharding.NamedSharding(whole, jax.sharding.PartitionSpec())
+def _written_format(where: epath.Path, stored: Collection[str]) -> int:
+    if _FORMAT not in stored:
+        return 1
+    found = _restore(where, {_FORMAT: 0}, {_FORMAT: ocp.RestoreArgs(restore_type=np.ndarray)})
+    return int(found[_FORMAT])
+
+
+def _restore(where: epath.Path, targets: dict[str, Any], restore_args: dict[str, Any]) -> dict[str, Any]:
+    """These arrays of a checkpoint, whatever else is in it."""
+    arguments = ocp_args.PyTreeRestore(item=targets, restore_args=restore_args, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(where, args=arguments)
 
 
 def _absolute(folder: str | Path) -> epath.Path:

@@ -16,7 +16,7 @@ from sapt_jax.pretrained import llama_weights, rules  # noqa: E402
 from sapt_jax.pretrained.hf import read_json  # noqa: E402
 from tests.helpers import llama_reference, t5_reference  # noqa: E402
 from tests.helpers.gguf_files import METADATA, write_gguf  # noqa: E402
-from tests.helpers.learned_runs import Ours, make_rows, make_run  # noqa: E402
+from tests.helpers.learned_runs import EVERYWHERE, TASKS, Ours, make_rows, make_run  # noqa: E402
 
 WEIGHTS = (0.2, 0.5, 0.3)
 
@@ -41,6 +41,29 @@ def test_logits(tmp_path, family):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     changed = {name for name in after if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in after if name.rsplit(".", 2)[1] in ("q", "v", "q_proj", "v_proj")}
+
+
+@pytest.mark.parametrize("family", ["t5", "llama grouped"])
+def test_blocks_on_every_kernel(tmp_path, family):
+    _, run = make_run(tmp_path, family, "lora", **EVERYWHERE)
+    ours, batch = Ours(run), make_rows(family, seed=4)
+    write_merged(ours.learned, WEIGHTS, tmp_path / "merged")
+    real, wanted = batch["target_mask"], ours.logits(batch, np.array(WEIGHTS, np.float32))
+    np.testing.assert_allclose(their_logits(tmp_path / "merged", family, batch)[real], wanted[real], atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "weights"), [("inc_lora", (1.0, 0.0, 1.0)), ("sequential", (1.0,))])
+def test_a_plain_mixture_needs_no_weights(tmp_path, method, weights):
+    """What the method gives every input; a withdrawn task takes no part."""
+    _, run = make_run(tmp_path, "llama", "lora", method=method, disabled_tasks=TASKS[1])
+    ours, batch = Ours(run), make_rows("llama", seed=6)
+    np.testing.assert_array_equal(ours.attention(batch), np.tile(np.float32(weights), (len(batch["source"]), 1)))
+    write_merged(ours.learned, None, tmp_path / "merged")
+    real, wanted = batch["target_mask"], ours.logits(batch, ours.attention(batch))
+    np.testing.assert_allclose(their_logits(tmp_path / "merged", "llama", batch)[real], wanted[real], atol=1e-4)
+    write_merged(ours.learned, weights, tmp_path / "given")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "given"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_a_gguf_base(tmp_path):
@@ -89,6 +112,10 @@ def test_what_cannot_be_merged(tmp_path):
         write_merged(read_run(run), WEIGHTS, tmp_path / "merged")
     (tmp_path / "lora").mkdir()
     learned = read_run(make_run(tmp_path / "lora", "t5", "lora")[1])
+    with pytest.raises(
+        ValueError, match="'sapt' mixes its blocks anew for each input: give --weights, one for"
+    ):
+        write_merged(learned, None, tmp_path / "merged")
     with pytest.raises(ValueError, match="2 weights for 3 blocks"):
         write_merged(learned, (0.5, 0.5), tmp_path / "merged")
     learned.config.model.path, learned.config.model.variant = "", "t5-tiny"

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="adapters are put on o
 
 from sapt_jax.export.learned import read_run  # noqa: E402
 from sapt_jax.export.to_peft import write_all, write_mixture, write_task  # noqa: E402
-from tests.helpers.learned_runs import ALPHA, PROMPT, RANK, TASKS, Ours, make_rows, make_run  # noqa: E402
+from tests.helpers.learned_runs import ALPHA, EVERYWHERE, PROMPT, RANK, TASKS, Ours, make_rows, make_run  # noqa: E402
 
 WEIGHTS = (0.2, 0.5, 0.3)
 
@@ -54,6 +54,48 @@ def test_logits(tmp_path, family, kind):
         np.testing.assert_allclose(found, wanted, atol=1e-4)
         assert all(np.abs(wanted - other).max() > 1e-2 for other in seen), "two adapters do the same"
         seen.append(wanted)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama grouped"])
+def test_blocks_on_every_kernel(tmp_path, family):
+    _, run = make_run(tmp_path, family, "lora", **EVERYWHERE)
+    ours, batch = Ours(run), make_rows(family, seed=3)
+    write_mixture(ours.learned, WEIGHTS, tmp_path / "mixture")
+    real, wanted = batch["target_mask"], ours.logits(batch, np.array(WEIGHTS, np.float32))
+    found = their_logits(tmp_path / "base", tmp_path / "mixture", family, batch)
+    np.testing.assert_allclose(found[real], wanted[real], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layer", "names"),
+    [
+        ("decoder/.*/wo", 2, ["DenseReluDense.wo"]),
+        ("decoder/.*/encoder_decoder_attention/(key|out)", 1, ["EncDecAttention.k", "EncDecAttention.o"]),
+    ],
+)
+def test_a_name_that_occurs_elsewhere(tmp_path, targets, layer, names):
+    """The adapter goes on what was adapted and on nothing else that is called so."""
+    _, run = make_run(tmp_path, "t5", "lora", **{"pet.targets": f"{targets}/kernel"})
+    ours, batch = Ours(run), make_rows("t5", seed=3)
+    write_mixture(ours.learned, WEIGHTS, tmp_path / "mixture")
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "mixture").targeted_module_names
+    wanted = {f"decoder.block.{number}.layer.{layer}.{name}" for number in range(2) for name in names}
+    assert set(adapted) == wanted and len(adapted) == len(wanted)
+    real, wanted = batch["target_mask"], ours.logits(batch, np.array(WEIGHTS, np.float32))
+    found = their_logits(tmp_path / "base", tmp_path / "mixture", "t5", batch)
+    np.testing.assert_allclose(found[real], wanted[real], atol=1e-4)
+
+
+def test_a_sum_of_blocks_needs_no_weights(tmp_path):
+    _, run = make_run(tmp_path, "llama", "lora", method="inc_lora")
+    ours, batch = Ours(run), make_rows("llama", seed=3)
+    write_mixture(ours.learned, None, tmp_path / "mixture")
+    real, wanted = batch["target_mask"], ours.logits(batch, np.ones(3, np.float32))
+    found = their_logits(tmp_path / "base", tmp_path / "mixture", "llama", batch)
+    np.testing.assert_allclose(found[real], wanted[real], atol=1e-4)
+    # A part of the sum as well.
+    np.testing.assert_array_equal(ours.learned.mixture((1, 0, 1)), [1, 0, 1])
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt"])

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="the exported model wr
 from sapt_jax.export import to_torch  # noqa: E402
 from sapt_jax.export.learned import read_run  # noqa: E402
 from sapt_jax.export.to_torch import read_model, write_model  # noqa: E402
-from tests.helpers.learned_runs import TASKS, Ours, make_base, make_rows, make_run  # noqa: E402
+from tests.helpers.learned_runs import EVERYWHERE, TASKS, Ours, make_base, make_rows, make_run  # noqa: E402
 from tests.helpers.run_files import assert_same_arrays, committed  # noqa: E402
 
 NEW_TOKENS = 9
@@ -81,7 +81,19 @@ def test_it_answers_as_ours_does(exported, family, kind):
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
 @pytest.mark.parametrize("family", ["t5", "llama grouped"])
 def test_logits(exported, family, kind):
-    ours, theirs = exported(family, kind)
+    check_logits(*exported(family, kind), family)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama grouped"])
+def test_blocks_on_every_kernel(tmp_path, family):
+    ours, theirs = export(tmp_path, family, "lora", **EVERYWHERE)
+    adapted = {module.rsplit(".", 1)[1] for module in theirs.config.modules.values()}
+    t5, llama = {"q", "k", "v", "o", "wi_0", "wi_1", "wo"}, {f"{name}_proj" for name in "q k v o gate up down".split()}
+    assert adapted == (t5 if family == "t5" else llama)
+    check_logits(ours, theirs, family)
+
+
+def check_logits(ours, theirs, family):
     batch = make_rows(family, seed=8)
     wanted = ours.logits(batch, ours.attention(batch))
     ids, mask = tensors(batch)
@@ -220,6 +232,22 @@ def test_a_random_base_cannot_leave(tmp_path):
     for include_base in (False, True):
         with pytest.raises(ValueError, match="'t5-tiny' with random weights"):
             write_model(learned, include_base, tmp_path / "export")
+    assert not list(tmp_path.glob("export*"))
+
+
+def test_the_exported_model_refuses_a_base_of_other_layers(tmp_path):
+    export(tmp_path, "llama", "lora")
+    make_base("llama grouped", tmp_path / "other")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    (tmp_path / "export" / "config.json").write_text(json.dumps({**config, "base": str(tmp_path / "other")}))
+    with pytest.raises(ValueError, match="v_proj: the base model has Linear.*is of another model"):
+        load_by_import(tmp_path / "export")
+
+
+def test_a_method_that_mixes_otherwise_cannot_leave(tmp_path):
+    _, run = make_run(tmp_path, "llama", "lora", method="inc_lora")
+    with pytest.raises(ValueError, match="inc_lora.*SAPT's attention and a single block: to-peft and to-hf"):
+        write_model(read_run(run), False, tmp_path / "export")
     assert not list(tmp_path.glob("export*"))
 
 

@@ -17,6 +17,8 @@ from tests.helpers import llama_reference, t5_reference
 TASKS = ("first", "second", "third")
 # The query projection is as wide as the paper's code can load it.
 RANK, ALPHA, PROMPT, HIDDEN = 2, 6.0, 3, 100
+# LoRA on every kernel of the layers, at a scale that leaves something of the base.
+EVERYWHERE = {"pet.targets": r".*/layers/.*/kernel", "pet.alpha": 1.0}
 FAMILIES = {
     "t5": lambda seed: make_t5("v1.1", seed),
     "t5 tied": lambda seed: make_t5("v1.0", seed),
