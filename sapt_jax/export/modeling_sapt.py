@@ -45,30 +45,15 @@ class SaptConfig(PreTrainedConfig):
 
     model_type = "sapt"
 
-    def __init__(
-        self,
-        base=None,
-        is_encoder_decoder=False,
-        width=None,
-        tasks=(),
-        kind="lora",
-        modules=None,
-        scale=1.0,
-        temperature=1.0,
-        pool_padding=False,
-        selection="attention",
-        **kwargs,
-    ):
-        super().__init__(is_encoder_decoder=is_encoder_decoder, **kwargs)
-        self.base = base
-        self.width = width
-        self.tasks = list(tasks)
-        self.kind = kind
-        self.modules = dict(modules or {})
-        self.scale = scale
-        self.temperature = temperature
-        self.pool_padding = pool_padding
-        self.selection = selection
+    def __init__(self, is_encoder_decoder=False, **fields):
+        # transformers makes configs without any field, to compare with.
+        unset = {"base": None, "width": None, "tasks": [], "kind": "lora", "modules": {}, "scale": 1.0}
+        unset |= {"temperature": 1.0, "pool_padding": False, "selection": "attention"}
+        own = {name: fields.pop(name, default) for name, default in unset.items()}
+        super().__init__(is_encoder_decoder=is_encoder_decoder, **fields)
+        # Afterwards, since transformers takes a temperature for one of generation and drops it.
+        for name, value in own.items():
+            setattr(self, name, value)
 
 
 class SaptModel(PreTrainedModel):
@@ -108,21 +93,20 @@ class SaptModel(PreTrainedModel):
                 linear.register_forward_hook(self._make_hook(block, layer))
 
     @classmethod
-    def from_pretrained(cls, folder, *args, config=None, base=None, dtype=None, device_map=None, **kwargs):
+    def from_pretrained(cls, folder, *args, config=None, base=None, **kwargs):
         """Reads a folder (or a repository of the Hub) that holds config.json and model.safetensors.
 
         Args:
           config: a `SaptConfig` instead of the folder's.
           base: where the base model lies now, or the model itself, instead of what the config says.
-          dtype, device_map: of the base model, as transformers takes them.
+          kwargs: `dtype` and `device_map` of the base model, as transformers takes them.
         """
         config = config or SaptConfig.from_pretrained(folder)
         if not isinstance(base, nn.Module):
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             place = base or config.base
             inside = {} if place else {"subfolder": "base"}
-            options = {"dtype": dtype, "device_map": device_map}
-            options = {name: value for name, value in options.items() if value is not None}
+            options = {name: kwargs[name] for name in ("dtype", "device_map") if kwargs.get(name) is not None}
             base = auto.from_pretrained(place or folder, **inside, **options)
         tensors = load_file(cached_file(folder, "model.safetensors"), device=str(base.device))
         width = base.get_input_embeddings().weight.shape[1]

@@ -65,10 +65,14 @@ def write_model(learned: Learned, include_base: bool, out: Path) -> None:
         )
     if not include_base:
         _check_readable(learned)
+    frozen = learned.frozen
+    if learned.method.mixing == "one":
+        # The one block is never withdrawn, whatever the task that trained it last.
+        frozen = frozen.replace(enabled=np.ones(1, bool))
     with new_folder(out) as folder:
-        _save(_model_tensors(learned.frozen, learned.trainables[-1]), folder / MODEL)
+        _save(_model_tensors(frozen, learned.trainables[-1]), folder / MODEL)
         history = jax.tree.map(lambda *parts: np.stack(parts), *(one.selector for one in learned.trainables))
-        _save(_run_tensors(learned.frozen, history), folder / RUN)
+        _save(_run_tensors(frozen, history), folder / RUN)
         config = _config(learned, None if include_base else str(resolve_path(path).absolute()))
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)

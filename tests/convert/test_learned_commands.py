@@ -85,6 +85,16 @@ def test_adapters_and_merged_model(folder, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_a_sum_of_blocks_needs_no_weights(tmp_path):
+    _, run = make_run(tmp_path, "llama", "lora", method="inc_lora")
+    main(["to-hf", f"--run={run}", f"--out={tmp_path / 'merged'}"])
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    main(["to-peft", f"--run={run}", f"--out={tmp_path / 'sum'}"])
+    assert json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["r"] == 6
+    for command in ("to-torch", "to-reference"):
+        assert "config.method='inc_lora'" in error_of(command, f"--run={run}", f"--out={tmp_path / 'out'}")
+
+
 def test_errors(folder, tmp_path):
     run, out = folder / "run", tmp_path / "out"
     assert "give the --workdir of a run" in error_of("to-torch", f"--run={tmp_path}", f"--out={out}")

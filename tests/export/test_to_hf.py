@@ -112,9 +112,7 @@ def test_what_cannot_be_merged(tmp_path):
         write_merged(read_run(run), WEIGHTS, tmp_path / "merged")
     (tmp_path / "lora").mkdir()
     learned = read_run(make_run(tmp_path / "lora", "t5", "lora")[1])
-    with pytest.raises(
-        ValueError, match="'sapt' mixes its blocks anew for each input: give --weights, one for"
-    ):
+    with pytest.raises(ValueError, match="'sapt' mixes its blocks anew for each input: give --weights, one for"):
         write_merged(learned, None, tmp_path / "merged")
     with pytest.raises(ValueError, match="2 weights for 3 blocks"):
         write_merged(learned, (0.5, 0.5), tmp_path / "merged")

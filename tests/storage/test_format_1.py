@@ -161,7 +161,6 @@ def test_the_run_is_read(tmp_path, method, kind):
 def test_the_commands_read_it(tmp_path):
     """What goes to PyTorch and back is a workdir of today."""
     written = write_old(tmp_path / "run", "sapt", "lora")
-    # As a run leaves them: bank and keys hold what each task ended with.
     main(["to-torch", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'torch'}"])
     main(["from-torch", f"--model={tmp_path / 'torch'}", f"--out={tmp_path / 'back'}"])
     found = committed(tmp_path / "back")
