@@ -20,6 +20,8 @@ import pytest
 from tests.helpers.on_eight_devices import COVER, PETS, RANK, STEPS, TARGET, TASKS
 from tests.helpers.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = REPOSITORY / "tests" / "goldens" / "shardings.txt"
 TOLERANCE = 1e-5
 LAYERS, D_MODEL, VOCAB = 2, 32, 384

@@ -19,6 +19,8 @@ from tests.helpers.paths import REPOSITORY
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
 from tests.helpers.tiny import write_tasks
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 from tests.helpers.tiny import tiny_config
 

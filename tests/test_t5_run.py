@@ -10,6 +10,8 @@ from sapt_jax import continual, fit
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
 from tests.helpers.tiny import TASKS, tiny_config, write_tasks
 
+pytestmark = pytest.mark.slow
+
 
 class Stopped(Exception):
     pass

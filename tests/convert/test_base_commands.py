@@ -164,6 +164,7 @@ def test_from_t5x(tmp_path, out, layout, bias_per_layer):
     assert "scanned" not in json.loads((out / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_to_t5x_and_back(tmp_path, out, dtype):
     source = t5_folder(tmp_path / "hf", dtype=np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
@@ -173,6 +174,7 @@ def test_to_t5x_and_back(tmp_path, out, dtype):
     assert_same(source, out, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_to_t5x_takes_layers_apart(tmp_path, out):
     params = make_params(seed=7)
     source = write_t5x(tmp_path / "scanned", scanned(params))

@@ -18,6 +18,8 @@ from tests.helpers.learned_runs import HIDDEN, RANK, TASKS, make_base, make_conf
 from tests.helpers.run_files import assert_same_arrays, committed  # noqa: E402
 from tests.helpers.tiny import tiny_config, write_tasks  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def load(file):
     return torch.load(file, weights_only=True)

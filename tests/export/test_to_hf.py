@@ -18,6 +18,8 @@ from tests.helpers import llama_reference, t5_reference  # noqa: E402
 from tests.helpers.gguf_files import METADATA, write_gguf  # noqa: E402
 from tests.helpers.learned_runs import EVERYWHERE, TASKS, Ours, make_rows, make_run  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = (0.2, 0.5, 0.3)
 
 

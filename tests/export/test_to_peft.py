@@ -13,6 +13,8 @@ from sapt_jax.export.learned import read_run  # noqa: E402
 from sapt_jax.export.to_peft import write_all, write_mixture, write_task  # noqa: E402
 from tests.helpers.learned_runs import ALPHA, EVERYWHERE, PROMPT, RANK, TASKS, Ours, make_rows, make_run  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = (0.2, 0.5, 0.3)
 
 

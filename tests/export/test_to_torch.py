@@ -22,6 +22,8 @@ from sapt_jax.export.to_torch import read_model, write_model  # noqa: E402
 from tests.helpers.learned_runs import EVERYWHERE, TASKS, Ours, make_base, make_rows, make_run  # noqa: E402
 from tests.helpers.run_files import assert_same_arrays, committed  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = 9
 DEFAULTS = {"sapt.pool_padding": False, "sapt.temperature": 1.0, "sapt.selection": "attention"}
 

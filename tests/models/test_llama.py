@@ -114,6 +114,7 @@ def test_logits_match_transformers(kind, tmp_path):
     np.testing.assert_allclose(np.asarray(logits_of(model, params, batch))[real], want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multi-head, untied", "llama3"])
 def test_greedy_tokens_match_transformers(kind, tmp_path):
     reference = make_reference(kind, seed=3)
@@ -168,6 +169,7 @@ def test_decoding_equals_teacher_forcing(small):
     np.testing.assert_allclose(got, logits_of(model, params, batch, mixture), atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(small):
     batch, mixture = make_batch(seed=10), make_mixture(CONFIG, seed=11)
 

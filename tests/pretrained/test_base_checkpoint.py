@@ -200,6 +200,7 @@ print(json.dumps(peaks[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
 def test_memory_holds_one_tensor(tmp_path):
     from safetensors.numpy import save_file

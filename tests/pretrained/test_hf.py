@@ -53,6 +53,7 @@ def test_values_are_cast_to_the_wanted_dtype(tmp_path):
     assert_is_ours(params, {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()})
 
 
+@pytest.mark.slow
 def test_real_transformers_checkpoint_is_covered(tmp_path):
     """The names and the tied head are transformers' own, as its save_pretrained writes them."""
     torch = pytest.importorskip("torch", reason="the reference model needs PyTorch")

@@ -267,6 +267,7 @@ def put_into_pytorch(arrays, torch, transformers):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_checkpoint_matches_pytorch(name):
     if not REAL[name].exists():

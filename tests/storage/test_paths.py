@@ -43,6 +43,7 @@ def test_urls_that_cannot_be_are_told(monkeypatch):
         as_path("gs://bucket/run")
 
 
+@pytest.mark.slow
 def test_a_run_in_a_url_is_the_run_in_its_folder(tmp_path):
     """Every file of it, generated pseudo-samples included; and the folder's name goes on with what the URL began."""
     data_dir = write_tasks(tmp_path / "data", ("shout", "mirror"))

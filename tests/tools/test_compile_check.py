@@ -37,6 +37,7 @@ def programs(config):
     return {program.name: program for program in programs_of(config, mesh)}, mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "overrides"),
     [("t5-tiny", {}), ("llama-tiny", {"train.accumulation": 2, "pet.kind": "prompt"})],
@@ -51,6 +52,7 @@ def test_the_compiled_train_step_does_the_flops_counted_by_hand(variant, overrid
     assert flops["train"] - queries == pytest.approx(found["train"].model_flops, rel=3e-3)
 
 
+@pytest.mark.slow
 def test_the_compiled_decoding_does_the_flops_counted_by_hand():
     found, mesh = programs(tiny_config("t5-tiny"))
     result = report.check(found["decode"], mesh, cpu_topology())
@@ -137,6 +139,7 @@ def test_a_collective_takes_a_ring_of_its_groups_links():
     assert times == pytest.approx({"all-gather": 0.75, "all-reduce": 1.5, "collective-permute": 2.0})
 
 
+@pytest.mark.slow
 def test_advice_where_a_program_does_not_fit():
     config = tiny_config("t5-tiny", **{"train.batch_size": 8})
     found, mesh = programs(config)
@@ -198,6 +201,7 @@ TINY = (
 )
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_small_config_is_compiled_for_a_tpu_that_is_not_here():
     done = run_command(*TINY)
@@ -206,6 +210,7 @@ def test_a_small_config_is_compiled_for_a_tpu_that_is_not_here():
         assert words in done.stdout
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_does_not_fit_ends_with_an_error_and_advice():
     done = run_command(*TINY, "--config.model.variant=llama-tiny", "--config.eval.batch_size=4000000")
