@@ -39,6 +39,11 @@ SHAPES = {
 }
 
 
+def fast_is(fast, names):
+    """All names as parameters, of which the fast tests take one."""
+    return [pytest.param(name, marks=() if name == fast else pytest.mark.slow) for name in names]
+
+
 def abstract_params(model):
     ids, mask = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), bool)
     return meta.unbox(jax.eval_shape(model.init, jax.random.key(0), ids, mask, ids, mask)["params"])
@@ -89,7 +94,7 @@ def greedy(model, params, batch, steps, mixture=None):
     return np.swapaxes(tokens, 0, 1), np.swapaxes(logits, 0, 1)
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", fast_is("v1.1", GENERATIONS))
 def test_matches_transformers(generation, tmp_path):
     reference = make_reference(generation, seed=1)
     path = save(reference, tmp_path)
@@ -129,7 +134,7 @@ def test_buckets_match_transformers():
             np.testing.assert_array_equal(got, want.numpy())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", fast_is("v1.1", SHAPES))
 def test_padding_changes_nothing(shape):
     model, params = make_model(SHAPES[shape], seed=3)
     batch = make_batch(seed=4, vocab=31)
@@ -147,7 +152,7 @@ def test_rows_do_not_see_each_other():
     np.testing.assert_allclose(logits_of(model, params, alone)[0], logits_of(model, params, batch)[1], atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", fast_is("v1.1", SHAPES))
 def test_decoding_equals_teacher_forcing(shape):
     config = SHAPES[shape]
     model, params = make_model(config, seed=7)
@@ -185,7 +190,7 @@ def test_no_mixture_equals_zero_mixture():
     np.testing.assert_array_equal(logits_of(model, params, batch), logits_of(model, params, batch, mixture))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", fast_is("v1.1", SHAPES))
 def test_mixture_equals_written_out_blocks(shape):
     """Each task's block applied by itself, weighted and summed, in a float64 model written out layer by layer."""
     config = SHAPES[shape]
