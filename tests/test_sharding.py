@@ -109,10 +109,12 @@ def found():
     return json.loads(done.stdout.split("FOUND")[1])
 
 
+@pytest.mark.slow
 def test_a_mesh_takes_what_is_left(found):
     assert found["meshes"] == [[8, 1, 1], [2, 2, 2], [1, 1, 8], [2, 4, 1]]
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_is_an_error(found):
     for error in found["mesh_errors"]:
         assert error is not None and error.startswith("config.mesh {'data': ") and "does not fit 8 device(s)" in error
@@ -135,6 +137,7 @@ LLAMA_SPLITS = {
 }
 
 
+@pytest.mark.slow
 def test_every_llama_parameter_is_split_as_ruled(found):
     assert found["llama-tiny"].keys() == LLAMA_SPLITS.keys()
     for name, (shape, shard, dtype, _) in found["llama-tiny"].items():
@@ -142,6 +145,7 @@ def test_every_llama_parameter_is_split_as_ruled(found):
         assert (shard, dtype) == (want, "bfloat16"), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["llama-tiny", "t5-tiny"])
 def test_every_matrix_is_split_over_fsdp_and_tensor(variant, found):
     for name, (shape, shard, _, spec) in found[variant].items():
@@ -149,22 +153,26 @@ def test_every_matrix_is_split_over_fsdp_and_tensor(variant, found):
             assert 4 * np.prod(shard) == np.prod(shape), f"{name} {spec}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["llama-tiny", "t5-tiny"])
 def test_splitting_changes_no_logits(variant, found):
     assert found[f"{variant} size"] > 1
     assert found[f"{variant} difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_the_attention_kernel_runs_on_each_device_s_rows_and_heads(found):
     assert found["kernel difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_attention_is_the_same_whatever_the_rules_split(found):
     assert len(found["rules"]) == 4
     for rules, difference in found["rules"].items():
         assert difference < 1e-5, rules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "stacks"), [("llama-tiny", ["decoder"]), ("t5-tiny", ["encoder", "decoder"])])
 def test_sizes_that_the_mesh_does_not_divide_are_all_named(variant, stacks, found):
     error = found[f"{variant} uneven"]
@@ -174,15 +182,18 @@ def test_sizes_that_the_mesh_does_not_divide_are_all_named(variant, stacks, foun
             assert f"['{stack}']['layers']['mlp']['{name}']['kernel']: 20 over tensor=8" in error
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_lie_on_data_and_fsdp(found):
     """Two rows on each of four groups of devices, the same two on both devices of a tensor group."""
     assert found["rows"] == [[row, [3 * row, 3 * row + 3]] for row in (0, 0, 2, 2, 4, 4, 6, 6)]
 
 
+@pytest.mark.slow
 def test_copies_are_whole_everywhere(found):
     assert found["copies"] == [list(range(6))] * 8
 
 
+@pytest.mark.slow
 def test_batch_sizes_that_do_not_split_are_named(found):
     assert found["batch_error"].startswith("config.train.batch_size=6: batches are split over 4 devices")
     assert found["no_batch_error"] is None
