@@ -63,4 +63,4 @@ $(DEMO_DATA)/downloaded: $(VENV)/bin/python requirements-demo.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_DATA) $(DEMO_RUNS)
+	rm -rf $(VENV) $(DEMO_DATA) $(DEMO_RUNS) .pytest_cache

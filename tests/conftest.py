@@ -2,6 +2,12 @@
 
 import os
 
+from tests.helpers.paths import REPOSITORY
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation of tiny programs that run once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What an earlier run or the other worker has compiled is read back; interpreters that the tests start inherit this.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
