@@ -5,12 +5,15 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from configs import common, llama2_7b_superni, t5_xl_superni
+from configs import llama2_7b_superni, t5_xl_superni
 from sapt_jax import sharding
+from sapt_jax.config import default_config
+from sapt_jax.models.families import make_model
 from sapt_jax.models.shapes import LLAMA_VARIANTS, T5_VARIANTS
-from sapt_jax.pet import Lora, Prompt
+from sapt_jax.pet import Mixture
 from sapt_jax.tools.compile_check import model_flops, report, roofline, topologies
 from sapt_jax.tools.compile_check.hlo import Collective, Operation
 from sapt_jax.tools.compile_check.programs import programs_of, shape_of
@@ -18,7 +21,7 @@ from tests.helpers.paths import REPOSITORY
 
 
 def tiny_config(variant, **overrides):
-    c = common.get_config()
+    c = default_config()
     c.model.variant = variant
     c.data.max_source_length, c.data.max_target_length = 64, 16
     c.train.batch_size, c.eval.batch_size, c.eval.max_new_tokens = 4, 4, 8
@@ -47,7 +50,7 @@ def test_the_compiled_train_step_does_the_flops_counted_by_hand(variant, overrid
     found, mesh = programs(config)
     flops = {name: report.check(found[name], mesh, cpu_topology()).estimate.flops for name in ("train", "reflection")}
     # The count leaves out the query projection: of the batch, and of the pseudo-samples in the reflection loss.
-    pseudo_samples = 15 * config.pseudo_samples.batch_size
+    pseudo_samples = 15 * config.sapt.reflection_batch
     queries = flops["reflection"] * (1 + config.train.batch_size / pseudo_samples)
     assert flops["train"] - queries == pytest.approx(found["train"].model_flops, rel=3e-3)
 
@@ -63,18 +66,37 @@ def test_the_compiled_decoding_does_the_flops_counted_by_hand():
     ("shape", "parameters"), [(LLAMA_VARIANTS["llama-2-7b"], 6.738e9), (T5_VARIANTS["t5-v1_1-xl"], 2.85e9)]
 )
 def test_a_token_costs_two_flops_for_each_parameter_that_it_meets(shape, parameters):
-    pet = Lora(rank=4, alpha=1.0, stop_gradient_through_bank=False)
     embedding = shape.vocab_size * shape.d_model
-    assert model_flops.teacher_forced(shape, pet, 15, 1, 1).frozen == pytest.approx(
-        2 * (parameters - embedding), rel=1e-3
-    )
+    found = model_flops.teacher_forced(make_model(shape, "float32", "none"), Mixture(), 1, 1)
+    assert found.frozen == pytest.approx(2 * (parameters - embedding), rel=1e-3)
+    assert found.adapters == 0
 
 
 def test_prompts_lengthen_the_input_and_have_no_adapters():
-    shape = LLAMA_VARIANTS["llama-tiny"]
-    short = model_flops.teacher_forced(shape, Prompt(8), 3, 24, 4)
-    assert short == model_flops.teacher_forced(shape, Prompt(0), 3, 32, 4)
+    model = make_model(LLAMA_VARIANTS["llama-tiny"], "float32", "none")
+    short = model_flops.teacher_forced(model, Mixture(prompt=np.zeros((1, 8, 32))), 24, 4)
+    assert short == model_flops.teacher_forced(model, Mixture(), 32, 4)
     assert short.adapters == 0
+
+
+def test_adapters_count_the_blocks_that_are_there():
+    """By hand: of t5-tiny's 2 layers, columns * (fan in + fan out) at 24 source or 4 target positions."""
+    model = make_model(T5_VARIANTS["t5-tiny"], "float32", "none")
+
+    def adapters(*path, fan_in, fan_out, count=model_flops.teacher_forced, lengths=(24, 4)):
+        blocks = {"a": np.zeros((2, fan_in, 6)), "b": np.zeros((2, 6, fan_out))}
+        for name in reversed(path):
+            blocks = {name: blocks}
+        return count(model, Mixture(blocks), *lengths).adapters
+
+    cross = ("decoder", "layers", "encoder_decoder_attention")
+    assert adapters("encoder", "layers", "mlp", "wo", fan_in=64, fan_out=32) == 2 * 2 * 6 * 96 * 24
+    assert adapters(*cross, "key", fan_in=32, fan_out=64) == 2 * 2 * 6 * 96 * 24
+    assert adapters(*cross, "out", fan_in=64, fan_out=32) == 2 * 2 * 6 * 96 * 4
+    # Decoding 5 tokens in 3 beams: the source's keys once, all else for the first token and for 4 steps of each beam.
+    decoding = {"count": model_flops.decoded, "lengths": (24, 5, 3)}
+    assert adapters(*cross, "key", fan_in=32, fan_out=64, **decoding) == 2 * 2 * 6 * 96 * 24
+    assert adapters(*cross, "out", fan_in=64, fan_out=32, **decoding) == 2 * 2 * 6 * 96 * 13
 
 
 @pytest.mark.parametrize("name", ["v5p", "v5p:2x2", "v5e:0x4", "h100:2x4", "b300:8", "v5e:4x4x"])

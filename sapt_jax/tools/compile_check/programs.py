@@ -1,8 +1,6 @@
 """The programs of a run, lowered for a mesh of devices that need not exist: shapes and shardings stand for arrays."""
 
 import dataclasses
-import functools
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sapt_jax import sharding
-from sapt_jax.methods.base import Method, Pools
-from sapt_jax.models.families import DTYPES, VARIANTS, make_model, read_shape
-from sapt_jax.programs import TaskScalars, TrainState
-from sapt_jax.run import Learner, make_learner, make_method
-from sapt_jax.state import Frozen, Trainable, init_frozen
+from sapt_jax.config import make_method
+from sapt_jax.decoding.answers import Ends
+from sapt_jax.methods import Method
+from sapt_jax.methods.base import Logs, Samples
+from sapt_jax.models.families import DTYPES, VARIANTS, make_model, parameters, read_shape
+from sapt_jax.pet import Mixture
+from sapt_jax.programs import make_programs
+from sapt_jax.state import Frozen, Task, Trainable
 from sapt_jax.tools.compile_check import model_flops
 
 # Tasks of both benchmarks, and pseudo-samples of the largest pool (2% of dbpedia's training set).
@@ -68,101 +69,99 @@ def shape_of(config: Any) -> Any:
     return VARIANTS[variant]
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        sharding.shardings(tree, mesh),
+def programs_of(config: Any, mesh: Mesh) -> list[Program]:
+    """The programs of a run at its longest inputs and answers, with a full bank.
+
+    `train` is a step with the method's penalty, `reflection` that penalty and its gradient alone, where there is one,
+    `attention` finds the weights of a batch of inputs, and `decode` answers it.
+
+    Raises:
+      ValueError: a field of the config that does not go with the mesh, or an unknown model.
+    """
+    rows, asked = config.train.batch_size, config.eval.batch_size
+    sharding.check_batch_sizes(
+        {"train.batch_size / accumulation": rows // config.train.accumulation, "eval.batch_size": asked}, mesh
     )
+    method, rules = make_method(config), sharding.make_rules(config.mesh.rules)
+    source = _rounded(config.data.max_source_length, config.data.source_multiple, method.pet.prompt_length)
+    target = _rounded(config.data.max_target_length, config.data.target_multiple, 0)
+    with nn.logical_axis_rules(rules):
+        model = make_model(shape_of(config), config.model.dtype, config.model.remat, config.model.attention)
+        # A run's end token is the tokenizer's, which changes no figure.
+        ends = Ends(config.eval.max_new_tokens, eos_id=1, pad_id=0)
+        programs = make_programs(config, model, method, mesh, ends)
+        frozen = _frozen(config, model, method, mesh)
+    batch, inputs, task = (
+        _batch((rows, source, target), mesh),
+        _batch((asked, source, target), mesh),
+        _task(method, mesh),
+    )
+    samples = _samples(method, frozen, jax.eval_shape(programs.features, frozen.base, *_source(inputs)), mesh)
+    trainable, question = programs.state.trainable, (frozen, programs.state.trainable, *_source(inputs), task)
+    mixture = _mixture(method, frozen, trainable, task)
+    trained = model_flops.teacher_forced(model, mixture, source, target)
+    decoded = model_flops.decoded(model, mixture, source, ends.new_tokens, config.eval.beams)
+    found = [
+        Program(
+            "train", programs.train_step, (frozen, programs.state, batch, samples, task), rules, rows * trained.train
+        ),
+        Program("reflection", _penalty(method), (frozen, trainable, samples, task), rules),
+        Program("attention", programs.weights, question, rules),
+        Program("decode", programs.generate, question, rules, asked * decoded.forward, loop_trips=ends.new_tokens - 1),
+    ]
+    return [program for program in found if program.name != "reflection" or method.uses("penalty")]
 
 
-def _abstract_trees(config: Any, learner: Learner, capacity: int) -> tuple[Frozen, TrainState, Pools]:
-    """Frozen tree, train state and pools, each leaf with the sharding that a run gives it."""
-    model, method, mesh = learner.model, learner.method, learner.mesh
+def _rounded(length: int, multiple: int, prompt: int) -> int:
+    """A bucket's length, rounded up together with the prompt before it."""
+    return -(-(length + prompt) // multiple) * multiple - prompt
+
+
+def _frozen(config: Any, model: nn.Module, method: Method, mesh: Mesh) -> Frozen:
+    capacity = method.capacity(max(TASKS, config.pet.capacity))
+    leaves = method.frozen_leaves(parameters(model), capacity)
     base = sharding.abstract_params(model, mesh, DTYPES[config.model.param_dtype])
-    sites, d_model = model.pet_sites(model.config), model.config.d_model
-    rest = jax.eval_shape(lambda: init_frozen(None, method.pet, sites, d_model, capacity))
-    table = base["token_embedder"]["embedding"]
-    state = jax.eval_shape(learner.open_state, jax.eval_shape(learner.open_slot, jax.random.key(0), table, None))
-    pools = Pools(
-        jax.ShapeDtypeStruct((capacity, POOL_ROWS, d_model), jnp.float32),
-        jax.ShapeDtypeStruct((capacity,), jnp.int32),
-    )
-    return _placed(rest, mesh).replace(base=base), _placed(state, mesh), _placed(pools, mesh)
+    return sharding.abstract(leaves, mesh).replace(base=base)
 
 
-def _batch(rows: int, source: int, target: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    split = sharding.batch_sharding(mesh)
+def _batch(sizes: tuple[int, int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of (rows, source tokens, answer tokens)."""
+    split, (rows, source, target) = sharding.batch_sharding(mesh), sizes
     shapes = {"source": (rows, source), "target": (rows, target)}
     ids = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for name, shape in shapes.items()}
     masks = {f"{name}_mask": jax.ShapeDtypeStruct(x.shape, jnp.bool_, sharding=split) for name, x in ids.items()}
     return ids | masks
 
 
-def _reflection(method: Method, trainable: Trainable, frozen: Frozen, pools: Pools, slot_index: jax.Array) -> Any:
-    def loss(trainable: Trainable) -> jax.Array:
-        return method.auxiliary_loss(jax.random.key(0), frozen, trainable, pools, slot_index)[0]
-
-    return jax.value_and_grad(loss)(trainable)
+def _source(batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return batch["source"], batch["source_mask"]
 
 
-def programs_of(config: Any, mesh: Mesh) -> list[Program]:
-    """The four programs of a run at its longest inputs and answers, with a full bank.
+def _task(method: Method, mesh: Mesh) -> Task:
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    return Task(number, number, number, number if method.needs_task_id else None)
 
-    `train` is a step with its reflection loss, `reflection` that loss and its gradient alone, `attention` what the
-    reflection targets are measured with, `decode` answers a batch of inputs.
 
-    Raises:
-      ValueError: a field of the config that does not go with the mesh, or an unknown model.
-    """
-    rows, eval_rows = config.train.batch_size, config.eval.batch_size
-    sharding.check_batch_sizes(
-        {"train.batch_size / accumulation": rows // config.train.accumulation, "eval.batch_size": eval_rows}, mesh
+def _samples(method: Method, frozen: Frozen, features: jax.ShapeDtypeStruct, mesh: Mesh) -> Samples | None:
+    if method.samples is None:
+        return None
+    capacity, whole = frozen.enabled.shape[0], sharding.replicated(mesh)
+    return Samples(
+        jax.ShapeDtypeStruct((capacity, POOL_ROWS, features.shape[-1]), jnp.float32, sharding=whole),
+        jax.ShapeDtypeStruct((capacity,), jnp.int32, sharding=whole),
     )
-    shape, method = shape_of(config), make_method(config)
-    source = _rounded(config.data.max_source_length, config.data.source_multiple, method.pet.prompt_length)
-    target = _rounded(config.data.max_target_length, config.data.target_multiple, 0)
-    new_tokens, beams = config.eval.max_new_tokens, config.eval.beams
-    rules = sharding.make_rules(config.mesh.rules)
-    # Of tokenizer and data, a learner's programs depend on these only.
-    tokenizer = types.SimpleNamespace(pad_id=0, eos_id=1)
-    stream = types.SimpleNamespace(tasks=range(TASKS), buckets=((source, target),))
-    with nn.logical_axis_rules(rules):
-        model = make_model(shape, config.model.dtype, config.model.remat, config.model.attention)
-        learner = make_learner(config, model, method, tokenizer, stream, mesh)
-        capacity = method.capacity(max(TASKS, config.pet.capacity))
-        frozen, state, pools = _abstract_trees(config, learner, capacity)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    task = TaskScalars(scalar, scalar, scalar)
-    asked = _batch(eval_rows, source, target, mesh)
-    question = (frozen, state.trainable, asked["source"], asked["source_mask"], scalar)
-    size = (shape, method.pet, capacity, source)
-    return [
-        Program(
-            "train",
-            learner.train_step,
-            (frozen, state, _batch(rows, source, target, mesh), pools, task),
-            rules,
-            model_flops=rows * model_flops.teacher_forced(*size, target).train,
-        ),
-        Program(
-            "reflection",
-            jax.jit(functools.partial(_reflection, method)),
-            (state.trainable, frozen.replace(base=None), pools, scalar),
-            rules,
-        ),
-        Program("attention", learner.weights, question, rules),
-        Program(
-            "decode",
-            learner.generate,
-            question,
-            rules,
-            model_flops=eval_rows * model_flops.decoded(*size, new_tokens, beams).forward,
-            loop_trips=new_tokens - 1,
-        ),
-    ]
 
 
-def _rounded(length: int, multiple: int, prompt: int) -> int:
-    """A bucket's length, rounded up together with the prompt before it."""
-    return -(-(length + prompt) // multiple) * multiple - prompt
+def _mixture(method: Method, frozen: Frozen, trainable: Trainable, task: Task) -> Mixture:
+    weights = jax.ShapeDtypeStruct((1, frozen.enabled.shape[0]), jnp.float32)
+    return jax.eval_shape(method.mixture, frozen, trainable, weights, task)
+
+
+def _penalty(method: Method) -> Callable:
+    def penalty(trainable: Trainable, frozen: Frozen, samples: Samples | None, task: Task) -> tuple[jax.Array, Logs]:
+        return method.penalty(jax.random.key(0), frozen, trainable, samples, task)
+
+    def with_gradient(frozen: Frozen, trainable: Trainable, samples: Samples | None, task: Task) -> tuple:
+        return jax.value_and_grad(penalty, has_aux=True)(trainable, frozen, samples, task)
+
+    return jax.jit(with_gradient)
