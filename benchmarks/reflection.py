@@ -3,9 +3,11 @@
 python -m benchmarks.reflection --config=configs/smollm2_superni.py --rows=8 --source=96 --target=16
 python -m benchmarks.reflection --config=configs/t5_tiny.py --rows=8 --source=256 --target=16
 
-The pooled pseudo-samples are constants, so it is a product with two narrow matrices and T keys, and no part of the
+The features of pseudo-samples are constants, so it is a product with two narrow matrices and T keys, and no part of the
 language model runs for it.
 """
+
+import sys
 
 import flax.linen as nn
 import jax
@@ -19,21 +21,22 @@ from sapt_jax import sharding
 
 def main(_) -> None:
     config = setting.CONFIG.value
+    if config.method != "sapt":
+        sys.exit(f"error: config.method={config.method!r} has no reflection loss: choose sapt.")
     mesh = sharding.make_mesh(config.mesh)
     last = setting.TASKS.value - 1
     calls, operations = [], []
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        for kl_ratio in (0.0, config.kl_ratio):
-            config.kl_ratio = kl_ratio
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.make_rules(config.mesh.rules)):
+        for kl_ratio in (0.0, config.sapt.kl_ratio):
+            config.sapt.kl_ratio = kl_ratio
             call_at, compiled = train_step.prepare(config, config.model.dtype, mesh)
             calls.append(call_at(last))
             # A scan over layers is counted once, alike in both: only the difference says something.
             operations.append(compiled.cost_analysis()["flops"])
         without, with_reflection = setting.median_seconds(calls)
-    device = jax.devices()[0]
     table = Table(
-        title=f"reflection loss, {setting.TASKS.value} tasks, {config.pseudo_samples.batch_size} pseudo-samples of each"
-        f"\n{jax.device_count()} x {device.device_kind} ({device.platform}), {config.model.dtype}",
+        title=f"reflection loss, {setting.TASKS.value} tasks, {config.sapt.reflection_batch} pseudo-samples of each"
+        f"\n{setting.hardware()}, {config.model.dtype}",
         title_justify="left",
     )
     for name in ("step without, ms", "step with, ms", "added", "added MFLOP"):

@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from sapt_jax import sharding
+from sapt_jax.optimization import make_optimizer
+from sapt_jax.state import Leaf, abstract
 from tests.helpers.paths import REPOSITORY
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -226,8 +229,8 @@ def test_rules_of_the_config_replace_single_ones():
     rules = sharding.make_rules((("embed", None), ("heads", ["fsdp", "tensor"])))
     assert dict(rules) == {**dict(sharding.RULES), "embed": None, "heads": ("fsdp", "tensor")}
     with nn.logical_axis_rules(rules):
-        placed = sharding.shardings({"bank": {"query": {"b": np.zeros((2, 3, 4, 8))}}}, one_device())
-    assert placed["bank"]["query"]["b"].spec == jax.sharding.PartitionSpec(None, None, None, ("fsdp", "tensor"))
+        placed = sharding.shardings({"b": Leaf((2, 3, 4, 8), ("layers", "tasks", "rank", "heads"))}, one_device())
+    assert placed["b"].spec == PartitionSpec(None, None, None, ("fsdp", "tensor"))
     assert sharding.make_rules(()) == sharding.RULES
 
 
@@ -240,15 +243,66 @@ def test_rules_that_cannot_be_are_all_named():
     assert "('embed', 'tensor')" not in str(error.value)
 
 
-def test_arrays_without_logical_axes_are_all_named():
-    """An unknown name, and a known one with another number of axes; a bank's blocks have one more than a slot's."""
-    tree = {"keys": np.zeros((3, 4)), "adapter": np.zeros((2,)), "slot": {"query": {"a": np.zeros((2, 4, 3, 5))}}}
-    with pytest.raises(ValueError, match="no logical axes in sharding.LEAF_AXES for ") as error:
+def test_a_leaf_whose_axes_do_not_fit_its_shape_is_an_error():
+    with pytest.raises(ValueError, match=r"of shape \(2, 4, 3, 5\) cannot have the logical axes \('layers', 'embed'\)"):
+        Leaf((2, 4, 3, 5), ("layers", "embed"))
+
+
+def test_declared_axes_without_a_rule_are_all_named():
+    tree = {
+        "memory": {"keys": Leaf((3, 4), ("tasks", "query")), "fisher": Leaf((4,), ("information",))},
+        "slot": {"a": Leaf((2, 4, 5), ("layers", "embed", "expert"))},
+    }
+    with pytest.raises(ValueError, match="no sharding rule in sharding.RULES for ") as error:
         sharding.shardings(tree, one_device())
-    assert str(error.value).endswith("['adapter']; ['slot']['query']['a']")
-    del tree["adapter"]
-    tree["bank"] = tree.pop("slot")
-    assert jax.tree.leaves(sharding.shardings(tree, one_device()))
+    told = str(error.value).split(" for ")[1].split("; ")
+    assert told == ["['memory']['fisher']: ('information',)", "['slot']['a']: ('layers', 'embed', 'expert')"]
+
+
+# One is large enough for adafactor to factor, and a path's end names another's whole.
+DECLARED = {
+    "slot": {"large": Leaf((256, 128), ("embed", "mlp")), "small": Leaf((2, 6), ("layers", "heads"))},
+    "selector": {"small": Leaf((6,), (None,))},
+}
+SPLITS = {
+    "'slot']['large']": ((256, 128), PartitionSpec("fsdp", "tensor")),
+    "'slot']['small']": ((2, 6), PartitionSpec(None, "tensor")),
+    "'selector']['small']": ((6,), PartitionSpec(None)),
+}
+
+
+def optimizer_state(name):
+    """{path: (shape, split)} of an optimizer's state for the declared arrays, with rates of their own."""
+    made = make_optimizer(name, {}, 1e-3, ((".*/small", 0.5), (".*", 1.0)), 1.0)
+    opt_state = jax.eval_shape(made.init, abstract(DECLARED))
+    placed = sharding.with_shardings(opt_state, sharding.shardings_like(opt_state, DECLARED, one_device()))
+    leaves = jax.tree_util.tree_leaves_with_path(placed)
+    return {jax.tree_util.keystr(path): (x.shape, x.sharding.spec) for path, x in leaves}
+
+
+def of_field(found, field):
+    """What an optimizer keeps in one field, by the path of the array that it is for."""
+    return {path.split(f".{field}[")[1]: split for path, split in found.items() if f".{field}[" in path}
+
+
+def counts(found):
+    return {split for path, split in found.items() if path.endswith(".count")}
+
+
+def test_adam_s_moments_lie_where_their_parameters_lie():
+    found = optimizer_state("adamw")
+    assert of_field(found, "mu") == of_field(found, "nu") == SPLITS
+    assert counts(found) == {((), PartitionSpec())}
+
+
+def test_adafactor_s_factors_are_whole_and_what_it_does_not_factor_lies_with_its_parameter():
+    found = optimizer_state("adafactor")
+    rows, columns, unfactored = (of_field(found, field) for field in ("v_row", "v_col", "v"))
+    large = "'slot']['large']"
+    assert {rows[large], columns[large]} == {((128,), PartitionSpec(None)), ((256,), PartitionSpec(None))}
+    assert unfactored.pop(large) == ((1,), PartitionSpec(None))
+    assert unfactored == {path: split for path, split in SPLITS.items() if path != large}
+    assert counts(found) == {((), PartitionSpec())}
 
 
 def test_activations_stay_as_they_are_without_a_mesh():

@@ -23,17 +23,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from sapt_jax import sharding
-from sapt_jax.decoding.search import make_generate, read_source
-from sapt_jax.methods.base import Pools
-from sapt_jax.models.families import VARIANTS, init_params, make_model
-from sapt_jax.optimization import make_optimizer
+from sapt_jax import sharding, state
+from sapt_jax.config import default_config, make_method
+from sapt_jax.decoding.answers import Ends, read_source
+from sapt_jax.methods.base import Samples
+from sapt_jax.models.families import VARIANTS, init_params, make_model, parameters
 from sapt_jax.pet import Lora, Prompt
-from sapt_jax.programs import TaskScalars, init_state, make_train_step
-from sapt_jax.run import make_method
-from sapt_jax.state import Trainable, commit, init_frozen
+from sapt_jax.programs import make_apply, make_programs
+from sapt_jax.state import Task
 from sapt_jax.storage import checkpoints
 from sapt_jax.tools.compile_check.programs import shape_of
 from tests.helpers.paths import REPOSITORY
@@ -42,11 +40,16 @@ from tests.helpers.tiny import tiny_method
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
 # Sizes that occur nowhere else, so that a shape in the HLO tells what it is.
 TASKS, RANK, PROMPT, ROWS, SOURCE, TARGET, NEW_TOKENS = 3, 5, 6, 8, 11, 7, 4
-PETS = {"lora": Lora(RANK, 10.0, stop_gradient_through_bank=False), "prompt": Prompt(PROMPT)}
+PETS = {
+    "lora": Lora(RANK, 10.0),
+    # Also what is split the other way: output projections and the last of the MLP.
+    "lora everywhere": Lora(RANK, 10.0, targets=".*/layers/.*/kernel"),
+    "prompt": Prompt(PROMPT),
+}
 # Every mesh with each family and with each PET, and LoRA on the mixed one in both: compilation is what takes the time.
 COVER = {
-    "t5-tiny": {"lora": ("mixed", "tensor"), "prompt": ("data", "fsdp")},
-    "llama-tiny": {"lora": ("mixed", "fsdp"), "prompt": ("data", "tensor", "mixed")},
+    "t5-tiny": {"lora": ("mixed", "tensor"), "lora everywhere": ("mixed",), "prompt": ("data", "fsdp")},
+    "llama-tiny": {"lora": ("mixed", "fsdp"), "lora everywhere": ("mixed",), "prompt": ("data", "tensor", "mixed")},
 }
 # T5 has biases of each head, which eight devices have to divide.
 SHAPES = {"t5-tiny": {"num_heads": 8, "head_dim": 8}, "llama-tiny": {}}
@@ -98,76 +101,57 @@ def params_of(variant):
 
 
 class Case:
-    """A model with a PET on a mesh, its arrays and its jitted functions."""
+    """A model with a PET on a mesh, its arrays and the programs of its run."""
 
     def __init__(self, variant, pet, mesh):
         self.mesh = mesh
-        self.model = model_of(variant)
-        shape = self.model.config
-        self.method = tiny_method(pet=PETS[pet])
+        self.model, self.method = model_of(variant), tiny_method(pet=PETS[pet])
         abstract = sharding.abstract_params(self.model, mesh, jnp.float32)
         self.base = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params_of(variant), abstract)
-        sites = self.model.pet_sites(shape)
-        frozen = sharding.create(lambda: init_frozen(None, self.method.pet, sites, shape.d_model, TASKS), mesh)
-        targets = np.tril(np.random.default_rng(1).random((TASKS, TASKS)).astype(np.float32) + 0.1)
-        values = frozen.replace(
-            bank=noise(2, frozen.bank),
-            keys=noise(3, frozen.keys),
-            targets=targets / targets.sum(axis=1, keepdims=True),
-        )
-        self.frozen = sharding.place(values, mesh).replace(base=self.base)
-        table = jax.ShapeDtypeStruct((shape.vocab_size, shape.d_model), jnp.float32)
-        self.fresh = jax.eval_shape(
-            lambda rng, table: self.method.open_task(rng, sites, table, None), jax.random.key(0), table
-        )
+        config = default_config()
         # Its state is the gradient after the first step; Adam would divide rounding by rounding.
-        optimizer = optax.sgd(0.01, momentum=0.9)
-        placed = lambda function, *of: sharding.shardings(jax.eval_shape(function, *of), mesh)  # noqa: E731
-        self.open_state = jax.jit(
-            lambda trainable: init_state(optimizer, trainable),
-            out_shardings=placed(lambda trainable: init_state(optimizer, trainable), self.fresh),
-        )
-        rest = frozen.replace(base=None)
-        self.commit = jax.jit(commit, out_shardings=placed(lambda: rest))
-        pooled = noise(4, jax.ShapeDtypeStruct((TASKS, 2, shape.d_model), jnp.float32), 0.5)
-        self.pools = sharding.place(Pools(pooled, np.full((TASKS,), 2, np.int32)), mesh)
-        state = jax.eval_shape(self.open_state, self.fresh)
-        step = make_train_step(
-            self.model,
-            self.method,
-            optimizer,
-            lambda step, total: 1.0,
-            1,
-            0,
-            (sharding.shardings(state, mesh), sharding.replicated(mesh)),
-        )
-        arguments = (self.frozen, self.start(0), self.batch(0, 0), self.pools, self.scalars(0))
-        self.step = step.lower(*arguments).compile()
-        self.generate = make_generate(self.model, self.method, NEW_TOKENS, 1, 0, 1, 0.6)
+        config.optimizer.name, config.optimizer.options = "sgd", (("momentum", 0.9),)
+        config.optimizer.learning_rate, config.optimizer.max_grad_norm = 0.01, 1e9
+        self.programs = make_programs(config, self.model, self.method, mesh, Ends(NEW_TOKENS, 1, 0))
+        leaves = self.method.frozen_leaves(parameters(self.model), TASKS)
+        frozen = sharding.create(lambda: state.start(jax.random.key(0), leaves, None), leaves, mesh)
+        targets = np.tril(np.random.default_rng(1).random((TASKS, TASKS)).astype(np.float32) + 0.1)
+        memory = {
+            "keys": noise(3, frozen.memory["keys"]),
+            "reflection_targets": targets / targets.sum(axis=1, keepdims=True),
+        }
+        values = frozen.replace(bank=noise(2, frozen.bank), memory=memory, enabled=np.ones((TASKS,), bool))
+        self.frozen = sharding.place(values, leaves, mesh).replace(base=self.base)
+        width = self.model.config.d_model
+        features = noise(4, jax.ShapeDtypeStruct((TASKS, 2, width), jnp.float32), 0.5)
+        self.samples = sharding.replicate(Samples(features, np.full((TASKS,), 2, np.int32)), mesh)
+        arguments = (self.frozen, self.start(0), self.batch(0, 0), self.samples, self.task(0))
+        self.step = self.programs.train_step.lower(*arguments).compile()
 
     def start(self, task):
-        fresh = noise(10 + task, self.fresh)
+        declared = self.method.trainable_leaves(parameters(self.model))
+        fresh = noise(10 + task, state.abstract(declared))
         # As a query projection begins.
-        projection = {**fresh.query_projection, "scale": fresh.query_projection["scale"] + 1}
-        return self.open_state(sharding.place(Trainable(fresh.slot, fresh.key, projection), self.mesh))
+        fresh.selector["query_projection"]["norm"]["scale"] += 1
+        return self.programs.open_state(sharding.place(fresh, declared, self.mesh))
 
     def batch(self, task, step):
         batch = make_batch([task, step], self.model.config.vocab_size)
         return sharding.place_batch(batch, self.mesh)
 
-    def scalars(self, task):
-        return sharding.replicate(TaskScalars(*np.array([task, task, STEPS], np.int32)), self.mesh)
+    def task(self, index):
+        return sharding.replicate(Task(*np.array([index, index, STEPS], np.int32)), self.mesh)
 
     def train(self, frozen, state, task, step):
-        state, metrics = self.step(frozen, state, self.batch(task, step), self.pools, self.scalars(task))
+        state, metrics = self.step(frozen, state, self.batch(task, step), self.samples, self.task(task))
         return state, metrics
 
     def finish(self, frozen, state, task):
         """What a task ends with: weights, answers, and the tree with it in its bank."""
-        batch, slot = self.batch(task, 99), np.int32(task)
-        tokens, weights = self.generate(frozen, state.trainable, batch["source"], batch["source_mask"], slot)
-        target = np.asarray(weights).mean(axis=0)
-        after = self.commit(frozen.replace(base=None), state.trainable, target, slot)
+        batch, at = self.batch(task, 99), self.task(task)
+        tokens, weights = self.programs.generate(frozen, state.trainable, batch["source"], batch["source_mask"], at)
+        found = sharding.replicate(np.asarray(weights).mean(axis=0), self.mesh)
+        after = self.programs.end_task(frozen.replace(base=None), state.trainable, found, at)
         return after.replace(base=self.base), {"tokens": tokens, "weights": weights}
 
 
@@ -226,23 +210,20 @@ def spec_lines(tree):
 
 def activation_lines(case):
     """Shardings of a batch, and of what decoding starts with, as the compiler leaves them."""
-    batch = case.batch(0, 0)
-    state = case.start(0)
+    batch, state = case.batch(0, 0), case.start(0)
 
-    def prefill(frozen, trainable, source, source_mask):
-        logits, cache, decode_step, weights = read_source(
-            case.model, case.method, NEW_TOKENS, frozen, trainable, source, source_mask, np.int32(0), 1
-        )
-        next_logits, next_cache = decode_step(jnp.argmax(logits, axis=-1).astype(jnp.int32), cache)
+    def prefill(*question):
+        read = read_source(make_apply(case.model), case.method, question, NEW_TOKENS, 1)
+        next_logits, next_cache = read.decode_step(jnp.argmax(read.logits, axis=-1).astype(jnp.int32), read.cache)
         return {
-            "logits": logits,
-            "cache": cache,
-            "weights": weights,
+            "logits": read.logits,
+            "cache": read.cache,
+            "weights": read.weights,
             "next": {"logits": next_logits, "cache": next_cache},
         }
 
-    read = jax.jit(prefill)(case.frozen, state.trainable, batch["source"], batch["source_mask"])
-    return spec_lines({"batch": batch, "state": state, "pools": case.pools, "read": read})
+    read = jax.jit(prefill)(case.frozen, state.trainable, batch["source"], batch["source_mask"], case.task(0))
+    return spec_lines({"batch": batch, "state": state, "samples": case.samples, "read": read})
 
 
 def config_lines(name):
@@ -252,27 +233,12 @@ def config_lines(name):
     model = make_model(
         VARIANTS["smollm2-135m"] if "smollm2" in config.model.path else shape_of(config), "bfloat16", "none"
     )
-    method = make_method(config)
-    mesh = sharding.make_mesh(sizes)
-    sites, d_model = model.pet_sites(model.config), model.config.d_model
+    method, mesh = make_method(config), sharding.make_mesh(sizes)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.make_rules(config.mesh.rules)):
-        base = sharding.abstract_params(model, mesh, jnp.bfloat16)
-        optimizer = make_optimizer(1e-3, None, None, 0.9, 0.999, 1e-8, 0.0, 1.0)
-
-        def trees(rng, table):
-            trainable = method.open_task(rng, sites, table, None)
-            return init_frozen(None, method.pet, sites, d_model, method.capacity(15)), init_state(optimizer, trainable)
-
-        frozen, state = jax.eval_shape(trees, jax.random.key(0), base["token_embedder"]["embedding"])
-        frozen, state = (
-            jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                tree,
-                sharding.shardings(tree, mesh),
-            )
-            for tree in (frozen, state)
-        )
-    return [str(dict(mesh.shape)), *spec_lines({"frozen": frozen.replace(base=base), "state": state})]
+        frozen = sharding.abstract(method.frozen_leaves(parameters(model), method.capacity(15)), mesh)
+        frozen = frozen.replace(base=sharding.abstract_params(model, mesh, jnp.bfloat16))
+        state = make_programs(config, model, method, mesh, Ends(1, 1, 0)).state
+    return [str(dict(mesh.shape)), *spec_lines({"frozen": frozen, "state": state})]
 
 
 def main(folder, variant, everything):

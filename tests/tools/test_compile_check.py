@@ -43,7 +43,11 @@ def programs(config):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "overrides"),
-    [("t5-tiny", {}), ("llama-tiny", {"train.accumulation": 2, "pet.kind": "prompt"})],
+    [
+        ("t5-tiny", {}),
+        ("t5-tiny", {"pet.targets": ".*/layers/.*/kernel"}),
+        ("llama-tiny", {"train.accumulation": 2, "pet.kind": "prompt"}),
+    ],
 )
 def test_the_compiled_train_step_does_the_flops_counted_by_hand(variant, overrides):
     config = tiny_config(variant, **overrides)
@@ -55,7 +59,13 @@ def test_the_compiled_train_step_does_the_flops_counted_by_hand(variant, overrid
     assert flops["train"] - queries == pytest.approx(found["train"].model_flops, rel=3e-3)
 
 
-@pytest.mark.slow
+def test_a_method_without_a_penalty_has_no_program_for_it():
+    found, mesh = programs(tiny_config("llama-tiny", method="sequential"))
+    assert found.keys() == {"train", "attention", "decode"}
+    result = report.check(found["train"], mesh, cpu_topology())
+    assert result.estimate.flops == pytest.approx(found["train"].model_flops, rel=3e-3)
+
+
 def test_the_compiled_decoding_does_the_flops_counted_by_hand():
     found, mesh = programs(tiny_config("t5-tiny"))
     result = report.check(found["decode"], mesh, cpu_topology())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs import common
+from sapt_jax.config import default_config
 from sapt_jax.tools.inspect_data import inspect
 from tests.helpers.data_fakes import random_task
 
@@ -21,7 +21,7 @@ def write_task(root, task):
 
 
 def config_for(root, names):
-    config = common.get_config()
+    config = default_config()
     config.benchmark, config.data_dir, config.task_order = "own", str(root), ",".join(names)
     config.model.variant, config.model.tokenizer = "t5-tiny", "bytes"
     config.pseudo_samples.source = "train"

@@ -91,25 +91,21 @@ def programs_of(config: Any, mesh: Mesh) -> list[Program]:
         ends = Ends(config.eval.max_new_tokens, eos_id=1, pad_id=0)
         programs = make_programs(config, model, method, mesh, ends)
         frozen = _frozen(config, model, method, mesh)
-    batch, inputs, task = (
-        _batch((rows, source, target), mesh),
-        _batch((asked, source, target), mesh),
-        _task(method, mesh),
-    )
-    samples = _samples(method, frozen, jax.eval_shape(programs.features, frozen.base, *_source(inputs)), mesh)
-    trainable, question = programs.state.trainable, (frozen, programs.state.trainable, *_source(inputs), task)
+    batch, task, trainable = _batch((rows, source, target), mesh), _task(method, mesh), programs.state.trainable
+    inputs = [_batch((asked, source, target), mesh)[name] for name in ("source", "source_mask")]
+    samples = _samples(method, frozen, jax.eval_shape(programs.features, frozen.base, *inputs), mesh)
     mixture = _mixture(method, frozen, trainable, task)
     trained = model_flops.teacher_forced(model, mixture, source, target)
     decoded = model_flops.decoded(model, mixture, source, ends.new_tokens, config.eval.beams)
-    found = [
-        Program(
-            "train", programs.train_step, (frozen, programs.state, batch, samples, task), rules, rows * trained.train
-        ),
-        Program("reflection", _penalty(method), (frozen, trainable, samples, task), rules),
+    training, penalised = (frozen, programs.state, batch, samples, task), (frozen, trainable, samples, task)
+    question = (frozen, trainable, *inputs, task)
+    penalty = [Program("reflection", _penalty(method), penalised, rules)] if method.uses("penalty") else []
+    return [
+        Program("train", programs.train_step, training, rules, rows * trained.train),
+        *penalty,
         Program("attention", programs.weights, question, rules),
         Program("decode", programs.generate, question, rules, asked * decoded.forward, loop_trips=ends.new_tokens - 1),
     ]
-    return [program for program in found if program.name != "reflection" or method.uses("penalty")]
 
 
 def _rounded(length: int, multiple: int, prompt: int) -> int:
@@ -131,10 +127,6 @@ def _batch(sizes: tuple[int, int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeS
     ids = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for name, shape in shapes.items()}
     masks = {f"{name}_mask": jax.ShapeDtypeStruct(x.shape, jnp.bool_, sharding=split) for name, x in ids.items()}
     return ids | masks
-
-
-def _source(batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    return batch["source"], batch["source_mask"]
 
 
 def _task(method: Method, mesh: Mesh) -> Task:
