@@ -3,7 +3,7 @@ of it travels. The programs run in tests/helpers/on_eight_devices.py.
 
 tests/goldens/shardings.txt holds what the meshes of the named configs split. To write it anew:
 
-    python -m tests.test_sharding
+    python -m tests.test_eight_devices
 """
 
 import difflib
@@ -125,9 +125,9 @@ def test_what_counts_as_a_gathered_bank_or_logits():
     assert [is_logits(dims) for dims in gathered(hlo)] == [False, False, False, True, False]
 
 
-@pytest.mark.parametrize("family", COVER)
-def test_the_train_step_gathers_neither_the_bank_nor_the_logits(family, folder):
-    dims = gathered((folder / family / f"{family} lora.hlo").read_text())
+@pytest.mark.parametrize(("family", "pet"), [(family, pet) for family, pet in PAIRS if pet.startswith("lora")])
+def test_the_train_step_gathers_neither_the_bank_nor_the_logits(family, pet, folder):
+    dims = gathered((folder / family / f"{family} {pet}.hlo").read_text())
     # Weights are gathered, so that the search finds what there is.
     assert any(D_MODEL in found for found in dims)
     assert not [found for found in dims if is_whole_bank(found)]
@@ -137,7 +137,7 @@ def test_the_train_step_gathers_neither_the_bank_nor_the_logits(family, folder):
 def test_shardings_are_the_recorded_ones(folder):
     before, now = GOLDENS.read_text().splitlines(), golden_text(folder).splitlines()
     changes = "\n".join(difflib.unified_diff(before, now, "recorded", "now", lineterm="", n=0))
-    assert not changes, f"{changes}\nIf that is meant: python -m tests.test_sharding"
+    assert not changes, f"{changes}\nIf that is meant: python -m tests.test_eight_devices"
 
 
 if __name__ == "__main__":

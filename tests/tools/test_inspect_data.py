@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,6 +14,7 @@ from rich.console import Console
 from sapt_jax.config import default_config
 from sapt_jax.tools.inspect_data import inspect
 from tests.helpers.data_fakes import random_task
+from tests.helpers.paths import REPOSITORY
 
 
 def write_task(root, task):
@@ -75,3 +79,11 @@ def test_padding_counts_the_positions_of_a_soft_prompt(tmp_path):
 def test_errors_are_the_runs_own(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'three'"):
         inspect(config_for(tmp_path, ["three"]), Console(file=io.StringIO()))
+
+
+def test_the_file_runs_by_its_path():
+    """Its folder is then the first place where imports are looked for: no file in it may be called like a library."""
+    command = [sys.executable, "sapt_jax/tools/inspect_data.py", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert "--config" in done.stdout, done.stderr
