@@ -11,7 +11,7 @@ from sapt_jax import continual
 from sapt_jax import fit as fit_module
 from sapt_jax import run as run_module
 from sapt_jax.fit import _after_evaluation, total_steps
-from sapt_jax.methods import Sapt
+from sapt_jax.methods.sapt import Sapt
 from sapt_jax.programs import Programs, make_programs
 from sapt_jax.storage.checkpoints import Loop, latest_step
 from tests.helpers.run_files import assert_same_arrays, committed

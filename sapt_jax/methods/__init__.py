@@ -1,12 +1,23 @@
-"""Continual-learning methods by name, one file each."""
+"""Continual-learning methods by name. A method is one file of this folder, called as `config.method` calls it."""
+
+import importlib
+import inspect
 
 from sapt_jax.methods.base import Method
-from sapt_jax.methods.inc_lora import IncLora
-from sapt_jax.methods.sapt import Sapt
-from sapt_jax.methods.sequential import Sequential
 
-METHODS: dict[str, type[Method]] = {
-    "sapt": Sapt,
-    "sequential": Sequential,
-    "inc_lora": IncLora,
-}
+NAMES = (
+    "sapt",
+    "sequential",
+    "inc_lora",
+)
+
+
+def _method_in(name: str) -> type[Method]:
+    """The one method that a file of this folder defines."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    own = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
+    (method,) = (kind for kind in own if issubclass(kind, Method))
+    return method
+
+
+METHODS: dict[str, type[Method]] = {name: _method_in(name) for name in NAMES}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sapt_jax.config import default_config
-from sapt_jax.methods import IncLora
+from sapt_jax.methods.inc_lora import IncLora
 from sapt_jax.models.families import VARIANTS, make_model
 from sapt_jax.pet import Lora, Prompt
 from sapt_jax.programs import TrainState, make_apply, make_train_step, optimizer_of
