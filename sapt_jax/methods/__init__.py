@@ -9,6 +9,7 @@ NAMES = (
     "sapt",
     "sequential",
     "inc_lora",
+    "o_lora",
 )
 
 
