@@ -12,11 +12,11 @@ DEMO_RUNS = runs/demo
 
 demo: $(VENV)/installed-demo demo-data
 	$(RUN) sapt_jax.main --config=configs/demo.py --workdir=$(DEMO_RUNS)/sapt
-	$(RUN) sapt_jax.main --config=configs/demo.py --config.method=seq_lora --workdir=$(DEMO_RUNS)/seq_lora
-	$(RUN) sapt_jax.compare $(DEMO_RUNS)/sapt $(DEMO_RUNS)/seq_lora
+	$(RUN) sapt_jax.main --config=configs/demo.py --config.method=sequential --workdir=$(DEMO_RUNS)/sequential
+	$(RUN) sapt_jax.compare $(DEMO_RUNS)/sapt $(DEMO_RUNS)/sequential
 
-# Ruff goes first: pytest's closing line ends the output.
-test: lint
+# Pytest goes last: its closing line ends the output.
+test: lint types
 	$(RUN) pytest -n 2
 
 # Without the tests marked slow: what to run after every change.

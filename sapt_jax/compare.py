@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from sapt_jax.results import terminal
 from sapt_jax.results.scores import read_scores
 
-METHOD_NAMES = {"sapt": "SAPT-LoRA", "seq_lora": "sequential LoRA"}
+METHOD_NAMES = {"sapt": "SAPT-LoRA", "sequential": "sequential LoRA"}
 
 
 def run_names(runs: Sequence[dict[str, Any]], folders: Sequence[str | Path]) -> tuple[str, ...]:

@@ -193,7 +193,7 @@ def default_config() -> ConfigDict:
     return ConfigDict(flax.traverse_util.unflatten_dict(flat, sep="."))
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"data.seed": 0, ...} of a ConfigDict or nested dict."""
     flat = {}
     for name, value in config.items():
@@ -202,7 +202,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def make_pet(config: Any) -> pet.Pet:
+def make_pet(config: ConfigDict) -> pet.Pet:
     """The kind of PET block of a config."""
     options = config.pet
     if options.kind == "prompt":
@@ -210,7 +210,7 @@ def make_pet(config: Any) -> pet.Pet:
     return pet.Lora(options.rank, options.alpha, options.stop_gradient_through_bank, options.targets)
 
 
-def make_method(config: Any) -> Method:
+def make_method(config: ConfigDict) -> Method:
     """The continual-learning method of a config.
 
     Raises:
@@ -221,7 +221,7 @@ def make_method(config: Any) -> Method:
     return METHODS[config.method](pet=make_pet(config), **config.get(config.method, {}))
 
 
-def protocol_of(config: Any) -> dict[str, Any]:
+def protocol_of(config: ConfigDict) -> dict[str, Any]:
     """The settings that a score depends on beside model and training; they are told with every score."""
     values, idle = flatten(config), tuple(f"{name}." for name in METHODS if name != config.method)
     names = [name for name, row in SETTINGS.items() if row.protocol and not name.startswith(idle)]
@@ -237,7 +237,7 @@ def unknown_fields(names: Iterable[str]) -> list[str]:
     return problems
 
 
-def check_config(config: Any) -> None:
+def check_config(config: ConfigDict) -> None:
     """Checks a config's field names, types, ranges and choices, and what has to go together.
 
     Raises:
@@ -310,13 +310,13 @@ def upgrade(flat: Mapping[str, Any]) -> dict[str, Any]:
     return now
 
 
-def record_config(config: Any, workdir: epath.Path) -> None:
+def record_config(config: ConfigDict, workdir: epath.Path) -> None:
     """Writes WORKDIR/config.json, what `check_same_run` compares with."""
     if jax.process_index() == 0:
         write_text_atomically(workdir / "config.json", json.dumps(to_jsonable(flatten(config)), indent=1) + "\n")
 
 
-def check_same_run(config: Any, workdir: epath.Path) -> None:
+def check_same_run(config: ConfigDict, workdir: epath.Path) -> None:
     """Compares the config with the one that started the run in `workdir`, if there is one.
 
     Raises:

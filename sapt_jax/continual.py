@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from sapt_jax import sharding, state
 from sapt_jax.config import check_config, check_same_run, make_method, protocol_of, record_config
@@ -27,7 +28,7 @@ from sapt_jax.storage.paths import as_path
 from sapt_jax.tell import Tale
 
 
-def run(config: Any, workdir: str | Path) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Teaches a model a sequence of tasks, or goes on where an earlier call with this workdir stopped.
 
     Args:
@@ -161,7 +162,7 @@ def _test_unseen(run: Run, trees: tuple[Frozen, Trainable], results: epath.Path)
 # --- Before anything is changed ---------------------------------------------------------------------------------------
 
 
-def _disabled_tasks(config: Any, names: tuple[str, ...], workdir: epath.Path) -> tuple[str, ...]:
+def _disabled_tasks(config: ConfigDict, names: tuple[str, ...], workdir: epath.Path) -> tuple[str, ...]:
     disabled = resolve_task_order(config.disabled_tasks, config.benchmark) if config.disabled_tasks else ()
     method = make_method(config)
     for name in disabled:
@@ -180,7 +181,7 @@ def _disabled_tasks(config: Any, names: tuple[str, ...], workdir: epath.Path) ->
     return disabled
 
 
-def _single_task_scores(config: Any, names: tuple[str, ...]) -> dict[str, float]:
+def _single_task_scores(config: ConfigDict, names: tuple[str, ...]) -> dict[str, float]:
     workdirs = split_names(config.eval.single_task_runs)
     # How a method answers is its own; what is asked must be the same.
     protocol = {

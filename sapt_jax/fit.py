@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from sapt_jax.data.batching import steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask
@@ -24,7 +25,7 @@ from sapt_jax.storage import preemption
 from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
 
 
-def total_steps(config: Any, num_rows: int) -> int:
+def total_steps(config: ConfigDict, num_rows: int) -> int:
     """Updates of a task with `num_rows` training instances."""
     steps = config.train.epochs * steps_per_epoch(num_rows, config.train.batch_size)
     return min(steps, config.train.max_steps) if config.train.max_steps else steps

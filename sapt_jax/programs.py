@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sapt_jax import sharding
 from sapt_jax.decoding.answers import Ends, Search, make_generate
@@ -22,8 +23,7 @@ from sapt_jax.optimization import make_optimizer, schedule_factor
 from sapt_jax.state import Frozen, Task, Trainable, Tree, abstract, rng
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """What a step changes: the trainable tree, the optimizer's state, and the number of steps done in this task."""
 
     trainable: Trainable
@@ -59,7 +59,7 @@ class Programs:
     end_task: Callable
 
 
-def make_programs(config: Any, model: nn.Module, method: Method, mesh: Mesh, ends: Ends) -> Programs:
+def make_programs(config: ConfigDict, model: nn.Module, method: Method, mesh: Mesh, ends: Ends) -> Programs:
     """The programs of a run; nothing is compiled before it is called."""
     apply, optimizer = make_apply(model), optimizer_of(config)
     declared = method.trainable_leaves(parameters(model))
@@ -113,7 +113,7 @@ def make_apply(model: nn.Module) -> Apply:
     return apply
 
 
-def optimizer_of(config: Any) -> optax.GradientTransformation:
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
     """The optimizer of a config.
 
     Raises:
@@ -125,7 +125,9 @@ def optimizer_of(config: Any) -> optax.GradientTransformation:
     )
 
 
-def make_train_step(config: Any, apply: Apply, method: Method, optimizer: optax.GradientTransformation) -> Callable:
+def make_train_step(
+    config: ConfigDict, apply: Apply, method: Method, optimizer: optax.GradientTransformation
+) -> Callable:
     """Builds `step(frozen, state, batch, samples, task) -> (state, metrics)`.
 
     The task loss is the mean over all answer tokens of the effective batch, however it is split: the micro-batches are
@@ -187,9 +189,8 @@ def make_train_step(config: Any, apply: Apply, method: Method, optimizer: optax.
         norm = optax.tree.norm(grads)
         metrics |= {"grad_norm": norm, "tokens": batch["source_mask"].sum() + batch["target_mask"].sum()}
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
-        )
-        return TrainState(*kept, state.step + 1), metrics
+        after = TrainState(trainable, opt_state, state.step + 1)
+        untouched = state.replace(step=after.step)
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), after, untouched), metrics
 
     return step

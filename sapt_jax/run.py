@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from sapt_jax import sharding, state
@@ -47,7 +47,7 @@ class Run:
       kind: what its curves are called; a run inside another one has its own.
     """
 
-    config: Any
+    config: ConfigDict
     workdir: epath.Path
     mesh: Mesh
     model: nn.Module
@@ -102,11 +102,11 @@ class Run:
         for name in disabled:
             enabled[self.method.slot_index(self.stream.names.index(name))] = False
         leaves = self.frozen_leaves(capacity)
-        frozen = sharding.create(lambda: state.start(jax.random.key(0), leaves, None), leaves, self.mesh)
+        frozen = sharding.create(lambda: state.empty(leaves), leaves, self.mesh)
         return frozen.replace(base=base, enabled=sharding.replicate(enabled, self.mesh))
 
 
-def read_inputs(config: Any) -> tuple[nn.Module, Tokenizer, Stream]:
+def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
     """The model without its weights, the tokenizer, and the tokenised tasks.
 
     Raises:
@@ -129,7 +129,7 @@ def read_inputs(config: Any) -> tuple[nn.Module, Tokenizer, Stream]:
 
 
 @contextlib.contextmanager
-def open_run(config: Any, workdir: epath.Path, mesh: Mesh) -> Iterator[tuple[Run, Tree]]:
+def open_run(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Iterator[tuple[Run, Tree]]:
     """Reads model and data, builds the programs, and opens the run's log, which is closed at the end.
 
     Yields:
@@ -152,7 +152,7 @@ def open_run(config: Any, workdir: epath.Path, mesh: Mesh) -> Iterator[tuple[Run
         yield Run(config, workdir, mesh, model, tokenizer, stream, method, programs, log, console), base
 
 
-def _check_batch_sizes(config: Any, method: Method, mesh: Mesh) -> None:
+def _check_batch_sizes(config: ConfigDict, method: Method, mesh: Mesh) -> None:
     sizes = {
         "train.batch_size / accumulation": config.train.batch_size // config.train.accumulation,
         "eval.batch_size": config.eval.batch_size,

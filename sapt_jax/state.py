@@ -98,8 +98,7 @@ def declare(module: nn.Module, *inputs: Any) -> Tree:
     return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
-@struct.dataclass
-class Frozen:
+class Frozen(struct.PyTreeNode):
     """Everything that the current task must not change. T is the capacity of the bank.
 
     Attributes:
@@ -111,20 +110,18 @@ class Frozen:
 
     base: Tree
     bank: Tree
-    enabled: jax.Array
+    enabled: Any
     memory: Tree
 
 
-@struct.dataclass
-class Trainable:
+class Trainable(struct.PyTreeNode):
     """What the current task trains: its block, and what the method learns to choose blocks with."""
 
     slot: Tree
     selector: Tree
 
 
-@struct.dataclass
-class Task:
+class Task(struct.PyTreeNode):
     """What a program needs to know of the task at hand; integers, traced, so that all tasks share one program.
 
     Attributes:
@@ -134,15 +131,20 @@ class Task:
       rows: [] or [B] the slot of the task that each row of the batch is of, for methods that are told; else None.
     """
 
-    index: jax.Array | np.int32
-    slot: jax.Array | np.int32
-    steps: jax.Array | np.int32
-    rows: jax.Array | np.int32 | None = None
+    index: jax.Array
+    slot: jax.Array
+    steps: jax.Array
+    rows: jax.Array | None = None
 
 
 def abstract(leaves: Tree) -> Tree:
     """A tree of leaves as `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), leaves, is_leaf=is_leaf)
+
+
+def empty(leaves: Tree) -> Tree:
+    """The arrays of a tree of leaves, all zero."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves, is_leaf=is_leaf)
 
 
 def start(rng: jax.Array, leaves: Tree, base: Tree) -> Tree:

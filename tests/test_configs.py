@@ -14,7 +14,7 @@ from sapt_jax.data.benchmarks import TASK_ORDERS, resolve_task_order
 from sapt_jax.models.families import DTYPES, VARIANTS
 
 FOLDER = Path(paper.__file__).parent
-NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "paper"))
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("__init__", "paper", "default"))
 PAPER = [name for name in NAMES if name.startswith(("t5_", "llama2_")) and name != "t5_tiny"]
 
 # Read off the paper's released scripts; kl_ratio weighs the mean KL over one update's pseudo-samples.

@@ -27,6 +27,8 @@ TOLERANCE = 1e-5
 LAYERS, D_MODEL, VOCAB = 2, 32, 384
 PAIRS = [(family, pet) for family in COVER for pet in PETS]
 
+pytestmark = pytest.mark.slow
+
 
 def run_programs(folder):
     """Both families at once, each in its own process."""

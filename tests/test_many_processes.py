@@ -84,6 +84,7 @@ def outputs(processes):
     return [process.returncode for process in processes], *zip(*texts, strict=True)
 
 
+@pytest.mark.slow
 def test_two_processes_end_as_one_whatever_happens_to_them(run, tmp_path):
     """Bit for bit as one process with two devices: these have the same halves of each batch, and a sum of two terms."""
     workdir = tmp_path / "pair"
@@ -118,6 +119,7 @@ def test_two_processes_end_as_one_whatever_happens_to_them(run, tmp_path):
     assert matrices[0] == matrices[1] and np.isfinite(matrices[0][1]).all()
 
 
+@pytest.mark.slow
 def test_a_single_process_saves_and_stops_at_sigterm(run, tmp_path):
     workdir = tmp_path / "stopped"
     process = run.start(workdir)
@@ -129,6 +131,7 @@ def test_a_single_process_saves_and_stops_at_sigterm(run, tmp_path):
     assert [path.name for path in (workdir / "tasks/00-shout/steps").iterdir()] == ["1"]
 
 
+@pytest.mark.slow
 def test_flags_of_processes_go_together(run, tmp_path):
     codes, _, errors = outputs([run.start(tmp_path / "run", flags=("--coordinator=127.0.0.1:1",))])
     assert codes == [1] and errors[0].strip().splitlines()[-1].startswith("error: --coordinator, --num_processes and")

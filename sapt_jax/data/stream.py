@@ -2,9 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sapt_jax.data.batching import count_positions, epoch_plan
 from sapt_jax.data.benchmarks import BENCHMARKS, load_task, load_unseen_task, resolve_data_dir, resolve_task_order
@@ -76,7 +76,7 @@ class Stream:
         return 1.0 - tokens / positions
 
 
-def encoding_rules(config: Any, tokenizer: Tokenizer, padding_side: str) -> EncodingRules:
+def encoding_rules(config: ConfigDict, tokenizer: Tokenizer, padding_side: str) -> EncodingRules:
     """How the run turns text into ids, from `config.data` and the model's kind."""
     data = config.data
     return EncodingRules(
@@ -96,7 +96,7 @@ def split_names(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
-def load_stream(config: Any, tokenizer: Tokenizer, padding_side: str, method: Method) -> Stream:
+def load_stream(config: ConfigDict, tokenizer: Tokenizer, padding_side: str, method: Method) -> Stream:
     """Reads and tokenises every task of `config.task_order`, and the pseudo-samples where the method uses them.
 
     Raises:
@@ -122,7 +122,7 @@ def load_stream(config: Any, tokenizer: Tokenizer, padding_side: str, method: Me
 
 
 def _load_encoded(
-    name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRules, pseudo_source: str
+    name: str, config: ConfigDict, tokenizer: Tokenizer, rules: EncodingRules, pseudo_source: str
 ) -> EncodedTask:
     data = config.data
     task = load_task(
@@ -151,7 +151,7 @@ def _load_encoded(
     return _encode(task, pseudo, config, tokenizer, rules)
 
 
-def _load_unseen(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:
+def _load_unseen(name: str, config: ConfigDict, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:
     task = load_unseen_task(
         name,
         benchmark=config.benchmark,
@@ -165,7 +165,7 @@ def _load_unseen(name: str, config: Any, tokenizer: Tokenizer, rules: EncodingRu
 
 
 def _encode(
-    task: Task, pseudo: EncodedSplit | None, config: Any, tokenizer: Tokenizer, rules: EncodingRules
+    task: Task, pseudo: EncodedSplit | None, config: ConfigDict, tokenizer: Tokenizer, rules: EncodingRules
 ) -> EncodedTask:
     def encode(instances):
         return encode_split(
@@ -180,6 +180,6 @@ def _encode(
     return EncodedTask(task, encode(task.train), encode(task.dev), encode(task.test), pseudo)
 
 
-def _pseudo_folder(config: Any) -> Path:
+def _pseudo_folder(config: ConfigDict) -> Path:
     root = find_pseudo_dir(config.pseudo_samples.dir, resolve_data_dir(config.data_dir))
     return root / BENCHMARKS[config.benchmark].folder

@@ -173,7 +173,7 @@ def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdi
     method = make_method(config)
     capacity = method.capacity(max(len(order), config.pet.capacity))
     declared, _ = declared_state(config, shape, capacity)
-    frozen = state.start(jax.random.key(0), declared, None).replace(enabled=jnp.ones((capacity,), bool))
+    frozen = state.empty(declared).replace(enabled=jnp.ones((capacity,), bool))
     with new_folder(workdir) as unfinished:
         for index, (name, task) in enumerate(ended.items()):
             found = None if task.target is None else np.pad(task.target, (0, capacity - len(task.target)))

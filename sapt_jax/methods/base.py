@@ -22,8 +22,7 @@ Batch = Mapping[str, jax.Array]
 Logs = dict[str, jax.Array]
 
 
-@struct.dataclass
-class Samples:
+class Samples(struct.PyTreeNode):
     """Features of pseudo-samples of earlier tasks, each task in the row of its slot.
 
     The base model is frozen, so they are constants: no forward pass of the language model.
@@ -37,8 +36,7 @@ class Samples:
     counts: jax.Array
 
 
-@struct.dataclass
-class Seen:
+class Seen(struct.PyTreeNode):
     """What was seen of a task's data before its first step.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +104,13 @@ class Sapt(Method):
         new slot; near zero, nothing is left to open it. At the paper's low rate and thousands of steps the block is
         useful before that happens; a short run with a high rate needs the start.
         """
-        optimizer = optax.adam(self.warm_start_learning_rate)
+        optimizer, rows = optax.adam(self.warm_start_learning_rate), seen.features
+        if rows is None:
+            raise ValueError("the warm start needs features of the task's inputs")
 
-        def loss(selector, rng):
+        def loss(selector: Tree, rng: jax.Array) -> jax.Array:
             moved = trainable.replace(selector=selector)
-            own = jnp.take(self.log_weights(frozen, moved, seen.features, task), task.slot, axis=-1)
+            own = jnp.take(self.log_weights(frozen, moved, rows, task), task.slot, axis=-1)
             reflection = self.penalty(rng, frozen, moved, seen.samples, task)[0] if self.uses("penalty") else 0.0
             return reflection - own.mean()
 
@@ -124,7 +126,7 @@ class Sapt(Method):
     def log_weights(self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task) -> jax.Array:
         """Log attention [..., T] of features [..., D]."""
         arguments = (features, frozen.memory["keys"], state.active_slots(frozen, task), task.slot)
-        return self._attention().apply({"params": trainable.selector}, *arguments)
+        return cast(jax.Array, self._attention().apply({"params": trainable.selector}, *arguments))
 
     def weights(
         self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task, training: bool

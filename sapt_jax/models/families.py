@@ -29,6 +29,7 @@ from sapt_jax.models.t5 import T5
 from sapt_jax.pretrained import llama_weights, t5_weights
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config
 from sapt_jax.pretrained.rules import Table
+from sapt_jax.state import rng
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -171,7 +172,7 @@ def init_params(model: nn.Module, abstract: Any, seed: int) -> Any:
 
     def init():
         ids = jnp.zeros((1, 2), jnp.int32)
-        params = nn.meta.unbox(model.init(jax.random.key(seed), ids, ids == 0, ids, ids == 0)["params"])
+        params = nn.meta.unbox(model.init(rng(seed, "base"), ids, ids == 0, ids, ids == 0)["params"])
         return jax.tree.map(lambda x, like: x.astype(like.dtype), params, abstract)
 
     return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()

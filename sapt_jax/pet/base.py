@@ -15,8 +15,7 @@ from flax import struct
 from sapt_jax.state import Parameters, Tree
 
 
-@struct.dataclass
-class Mixture:
+class Mixture(struct.PyTreeNode):
     """Everything a model needs to apply PET to one batch: blocks and columns for LoRA, or a prompt.
 
     Attributes:

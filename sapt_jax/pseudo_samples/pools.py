@@ -32,7 +32,9 @@ def samples(run: Run, base: Tree, pools: Pools, num_tasks: int) -> Samples | Non
 
         return map_sources(of_batch, pool, run.layout)[0]
 
-    found = {run.method.slot_index(index): features(pools[index]) for index in range(num_tasks) if index in pools}
+    # A writer may have found no sample at all.
+    filled = [index for index in range(num_tasks) if len(pools.get(index, ()))]
+    found = {run.method.slot_index(index): features(pools[index]) for index in filled}
     width = jax.eval_shape(run.programs.features, base, *_one_input()).shape[-1]
     rows = np.zeros((run.capacity, _largest(run, pools), width), np.float32)
     counts = np.zeros((run.capacity,), np.int32)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from sapt_jax import state
 from sapt_jax.config import make_method
@@ -74,7 +75,7 @@ def make_writer(run: Run) -> Writer:
     return Writer(own, make_sample(make_apply(run.model), method, ends, sampling))
 
 
-def _writer_config(config: Any) -> Any:
+def _writer_config(config: ConfigDict) -> Any:
     """The config of training a writer: one LoRA block, its own rates and steps, no early end."""
     options = config.pseudo_samples.writer
     own = config.copy_and_resolve_references()

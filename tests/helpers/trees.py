@@ -32,8 +32,7 @@ def init_base(model, seed=0):
 def empty_frozen(method, model, base, tasks):
     """An empty bank and memory around a base tree."""
     leaves = method.frozen_leaves(parameters(model), tasks)
-    frozen = state.start(jax.random.key(0), leaves, None)
-    return frozen.replace(base=base, enabled=jnp.ones((tasks,), bool))
+    return state.empty(leaves).replace(base=base, enabled=jnp.ones((tasks,), bool))
 
 
 def random_targets(seed, tasks):

@@ -289,8 +289,8 @@ def test_config_reader_takes_both_forms_of_rope_scaling():
         ),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported are silu, gelu"),
         (
-            {"rms_norm_eps": None, "rope_theta": None},
-            "missing rms_norm_eps, rope_theta. Take the config.json",
+            {"hidden_size": None, "vocab_size": None},
+            "missing vocab_size, hidden_size. Take the config.json",
         ),
     ],
 )

@@ -49,10 +49,10 @@ def test_a_run_in_a_url_is_the_run_in_its_folder(tmp_path):
     data_dir = write_tasks(tmp_path / "data", ("shout", "mirror"))
     overrides = {
         "pseudo_samples.source": "generate",
-        "pseudo_samples.generator.steps": 2,
-        "pseudo_samples.generator.batch_size": 4,
-        "pseudo_samples.generator.max_length": 32,
-        "pseudo_samples.generator.draws": 1,
+        "pseudo_samples.writer.steps": 2,
+        "pseudo_samples.writer.batch_size": 4,
+        "pseudo_samples.writer.max_length": 32,
+        "pseudo_samples.writer.draws": 1,
         "train.epochs": 1,
     }
     workdir = tmp_path / "a run"

@@ -59,6 +59,7 @@ def test_the_compiled_train_step_does_the_flops_counted_by_hand(variant, overrid
     assert flops["train"] - queries == pytest.approx(found["train"].model_flops, rel=3e-3)
 
 
+@pytest.mark.slow
 def test_a_method_without_a_penalty_has_no_program_for_it():
     found, mesh = programs(tiny_config("llama-tiny", method="sequential"))
     assert found.keys() == {"train", "attention", "decode"}
@@ -66,6 +67,7 @@ def test_a_method_without_a_penalty_has_no_program_for_it():
     assert result.estimate.flops == pytest.approx(found["train"].model_flops, rel=3e-3)
 
 
+@pytest.mark.slow
 def test_the_compiled_decoding_does_the_flops_counted_by_hand():
     found, mesh = programs(tiny_config("t5-tiny"))
     result = report.check(found["decode"], mesh, cpu_topology())
@@ -171,7 +173,6 @@ def test_a_collective_takes_a_ring_of_its_groups_links():
     assert times == pytest.approx({"all-gather": 0.75, "all-reduce": 1.5, "collective-permute": 2.0})
 
 
-@pytest.mark.slow
 def test_advice_where_a_program_does_not_fit():
     config = tiny_config("t5-tiny", **{"train.batch_size": 8})
     found, mesh = programs(config)
@@ -214,6 +215,7 @@ def run_command(*arguments):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_an_unknown_topology_is_told():
     done = run_command("--config=configs/t5_tiny.py", "--topology=v9:1")
     assert done.returncode != 0 and "--topology='v9:1' is not understood" in done.stderr

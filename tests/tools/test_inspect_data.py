@@ -81,6 +81,7 @@ def test_errors_are_the_runs_own(tmp_path):
         inspect(config_for(tmp_path, ["three"]), Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 def test_the_file_runs_by_its_path():
     """Its folder is then the first place where imports are looked for: no file in it may be called like a library."""
     command = [sys.executable, "sapt_jax/tools/inspect_data.py", "--help"]

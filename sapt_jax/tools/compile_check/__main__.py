@@ -2,7 +2,8 @@
 
     python -m sapt_jax.tools.compile_check --config=configs/t5_xxl_superni.py --topology=v5p:2x2x2
 
-Train, reflection, attention and decode step are compiled at the config's longest inputs; no weights or data are read.
+The run's own programs are compiled at the config's longest inputs: train step, the method's penalty alone, attention
+and decoding. No weights or data are read.
 TPUs need jax[tpu], GPUs (--topology=h100:8) jax[cuda12]; neither needs the device. Ends with an error where a program
 does not fit. With --all, a summary of the paper's configs, or of those that are named after it.
 """
