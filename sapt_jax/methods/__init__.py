@@ -10,6 +10,7 @@ NAMES = (
     "sequential",
     "inc_lora",
     "o_lora",
+    "n_lora",
     "epi",
 )
 

@@ -7,6 +7,7 @@ outputs).
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.traverse_util
@@ -93,3 +94,19 @@ def sites(tree: Tree) -> dict[tuple[str, ...], Tree]:
     for path, leaf in flax.traverse_util.flatten_dict(tree).items():
         found.setdefault(path[:-1], {})[path[-1]] = leaf
     return found
+
+
+def sum_over_layers(term: Callable[..., jax.Array], *factors: jax.Array) -> jax.Array:
+    """The sum over layers of term(*factors of the layer), one layer at a time.
+
+    What `term` makes of a layer is made again in the backward pass, so that of products as large as a kernel a single
+    one lies in memory.
+
+    Args:
+      factors: [layers, ...] each.
+    """
+
+    def add(total: jax.Array, layer: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + term(*layer), None
+
+    return jax.lax.scan(jax.checkpoint(add), jnp.zeros(()), factors)[0]
