@@ -11,6 +11,7 @@ NAMES = (
     "inc_lora",
     "o_lora",
     "n_lora",
+    "ella",
     "epi",
 )
 
