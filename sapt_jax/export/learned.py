@@ -97,7 +97,7 @@ class Learned:
         Raises:
           ValueError: the method has a mixture of its own.
         """
-        if self.method.uses("mixture"):
+        if self.method.uses("mixture") and self.method.mixing == "routed":
             raise ValueError(
                 f"config.method={self.config.method!r} does more with its blocks than add them up under weights, which "
                 "no adapter and no weight can hold"

@@ -61,7 +61,8 @@ class Method(abc.ABC):
       pet: the kind of block.
       needs_task_id: `Task.rows` is told at test time.
       mixing: what the weights are, for exporters: "sum" of all blocks, each at weight 1; "one" block, the bank's only;
-        SAPT's "attention" over task keys; or "routed", by default: anything else that sums to 1.
+        SAPT's "attention" over task keys; or "routed", by default: anything else that sums to 1. A method with a
+        `mixture` of its own says "sum" or "one" where after a task it answers with these blocks of the bank alone.
       samples: what the method wants of earlier tasks: "inputs", or None.
       pass_before, pass_after: the split that `measure` reads before and after a task, or None.
       rows_before: training inputs whose features `begin_task` is given.
