@@ -12,6 +12,7 @@ NAMES = (
     "o_lora",
     "n_lora",
     "ella",
+    "slao",
     "epi",
 )
 

@@ -54,7 +54,9 @@ def test_blocks_on_every_kernel(tmp_path, family):
     np.testing.assert_allclose(their_logits(tmp_path / "merged", family, batch)[real], wanted[real], atol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "weights"), [("inc_lora", (1.0, 0.0, 1.0)), ("sequential", (1.0,))])
+@pytest.mark.parametrize(
+    ("method", "weights"), [("inc_lora", (1.0, 0.0, 1.0)), ("sequential", (1.0,)), ("slao", (1.0,))]
+)
 def test_a_plain_mixture_needs_no_weights(tmp_path, method, weights):
     """What the method gives every input; a withdrawn task takes no part."""
     _, run = make_run(tmp_path, "llama", "lora", method=method, disabled_tasks=TASKS[1])
