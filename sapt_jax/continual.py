@@ -75,7 +75,7 @@ def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
             begin = functools.partial(_begin, run, frozen, trainable, samples, index)
             trainable = fit(run, frozen, begin, index, samples)
             # Measure, end, save.
-            found = _measure(run, (frozen, trainable), index, run.method.pass_after)
+            found = _measure(run, (frozen, trainable), index, run.method.pass_after, run.method.rows_after)
             frozen = _end(run, frozen, trainable, found, index)
             checkpoints.save_committed(run.folder(index), frozen, trainable)
         # Test and tell.
@@ -115,12 +115,21 @@ def _feature_rows(run: Run, base: Tree, index: int) -> jax.Array | None:
 # --- Measure ----------------------------------------------------------------------------------------------------------
 
 
-def _measure(run: Run, trees: tuple[Frozen, Trainable | None], index: int, split: str | None) -> Tree | None:
-    """What the method finds in one pass over a split of a task; without dev, over its training rows."""
+def _measure(
+    run: Run, trees: tuple[Frozen, Trainable | None], index: int, split: str | None, most: int = 0
+) -> Tree | None:
+    """What the method finds in one pass over a split of a task; without dev, over its training rows.
+
+    Args:
+      most: rows of it, at most; 0 is all.
+    """
     if split is None:
         return None
     task = run.stream.tasks[index]
     rows = getattr(task, split) if len(getattr(task, split)) else task.train
+    if 0 < most < len(rows):
+        rng = state.host_rng(run.config.seed, "measured rows", index)
+        rows = rows.take(np.sort(rng.choice(len(rows), most, replace=False)))
     at = run.task(index)
     totals = sum_batches(lambda batch: run.programs.measure(*trees, batch, at), rows, run.layout)
     memory = jax.tree.map(np.asarray, trees[0].memory) if run.method.uses("summarise") else None

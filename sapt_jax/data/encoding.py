@@ -62,6 +62,11 @@ class EncodedSplit:
         """[n, 2] int64: source and target length of every row."""
         return np.stack([self.sources.lengths, self.targets.lengths], axis=1)
 
+    def take(self, rows: np.ndarray) -> "EncodedSplit":
+        """The rows of these numbers, in this order. What was cut stays counted over the whole split."""
+        sources, targets = (Ragged.from_rows([of[i] for i in rows]) for of in (self.sources, self.targets))
+        return dataclasses.replace(self, sources=sources, targets=targets)
+
 
 def encode_split(
     instances: Sequence[Instance],

@@ -66,6 +66,7 @@ class Method(abc.ABC):
       samples: what the method wants of earlier tasks: "inputs", or None.
       pass_before, pass_after: the split that `measure` reads before and after a task, or None.
       rows_before: training inputs whose features `begin_task` is given.
+      rows_after: the most rows that the pass after a task reads, drawn from the split; 0 is all.
     """
 
     pet: Pet
@@ -81,6 +82,10 @@ class Method(abc.ABC):
 
     @property
     def rows_before(self) -> int:
+        return 0
+
+    @property
+    def rows_after(self) -> int:
         return 0
 
     def uses(self, hook: str) -> bool:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from sapt_jax.data.encoding import Ragged, encode_split
+from sapt_jax.data.encoding import EncodedSplit, Ragged, encode_split
 from sapt_jax.data.prompts import encode_answer, encode_prompt, make_prompt
 from sapt_jax.data.task import Instance
 from sapt_jax.pretrained.tokenizer import load_tokenizer
@@ -25,6 +25,13 @@ def test_ragged_gives_back_its_rows(trial):
     assert ragged.ids.dtype == np.int32
     with pytest.raises(IndexError):
         ragged[len(rows)]
+
+
+def test_rows_taken_from_a_split_keep_their_answers():
+    split = EncodedSplit(Ragged.from_rows([[1], [2, 3], [], [4]]), Ragged.from_rows([[5, 6], [7], [8], []]), 2, 1)
+    taken = split.take(np.array([3, 1]))
+    assert [(taken.sources[i].tolist(), taken.targets[i].tolist()) for i in range(2)] == [([4], []), ([2, 3], [7])]
+    assert len(taken) == 2 and (taken.truncated_sources, taken.truncated_targets) == (2, 1)
 
 
 @pytest.mark.parametrize("limits", [(30, 4), (200, 20)])
