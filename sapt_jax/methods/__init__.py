@@ -13,6 +13,7 @@ NAMES = (
     "n_lora",
     "ella",
     "slao",
+    "ewc",
     "epi",
 )
 
