@@ -14,6 +14,7 @@ NAMES = (
     "ella",
     "slao",
     "ewc",
+    "single_task",
     "epi",
 )
 

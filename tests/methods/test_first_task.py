@@ -16,7 +16,7 @@ KINDS = {"lora": Lora(2, 8.0), "prompt": Prompt(3)}
 METHODS = {
     "inc_lora": KINDS,
     "ewc": KINDS,
-   
+    "single_task": KINDS,
     "o_lora": ["lora"],
     "ella": ["lora"],
     "slao": ["lora"],
