@@ -59,6 +59,8 @@ FREE = {
     "eval.batch_size", "eval.unseen_tasks", "eval.single_task_runs", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "mesh.rules",
 }  # fmt: skip
+# Adding a method touches no list here: what a range or a choice means is the same for its settings as for these.
+OF_METHODS = tuple(f"{name}." for name in METHODS if name != "sapt")
 
 
 def changed(**changes) -> ConfigDict:
@@ -96,7 +98,8 @@ def test_a_missing_field_is_named():
 @pytest.mark.parametrize(("names", "least", "word"), [(POSITIVE, 1, "positive"), (NOT_NEGATIVE, 0, "not negative")])
 def test_a_value_out_of_range_is_named(names, least, word):
     fields = flatten(default_config())
-    assert {name for name in SETTINGS if SETTINGS[name].must_be == word} - set(names) <= {"sapt.query_init_std"}
+    known = {name for name in SETTINGS if SETTINGS[name].must_be == word and not name.startswith(OF_METHODS)}
+    assert known - set(names) <= {"sapt.query_init_std"}
     for name in names:
         lowest = type(fields[name])(least)
         check_config(changed(**{name: lowest, "train.accumulation": 1}))
@@ -116,7 +119,8 @@ def test_an_unknown_choice_is_named_with_those_there_are(name):
 
 
 def test_every_choice_is_tested():
-    assert {name for name, row in SETTINGS.items() if row.choices} == CHOICES.keys() | {"method"}
+    known = {name for name, row in SETTINGS.items() if row.choices and not name.startswith(OF_METHODS)}
+    assert known == CHOICES.keys() | {"method"}
     for name in ("sapt", "sequential", "inc_lora"):
         check_config(changed(method=name))
     with pytest.raises(ValueError, match="config.method='sapd' is unknown; choose one of sapt, sequential, inc_lora"):
@@ -200,8 +204,7 @@ def test_every_field_but_the_free_ones_is_compared(tmp_path):
         workdir = tmp_path / str(number)
         record_config(default_config(), workdir)
         config = changed(**{name: True if name == "data.add_bos" else other[type(value)](value)})
-        section = name.split(".")[0]
-        if name in FREE or (section in METHODS and section != "sapt"):
+        if name in FREE or name.startswith(OF_METHODS):
             check_same_run(config, workdir)
         else:
             with pytest.raises(ValueError, match=f"config.{name}: "):
