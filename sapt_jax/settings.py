@@ -43,17 +43,9 @@ class Setting:
         return None
 
 
-def setting(
-    default: Any,
-    text: str,
-    must_be: str = "",
-    choices: tuple[str, ...] = (),
-    of_type: type | None = None,
-    protocol: bool = False,
-) -> Any:
+def setting(default: Any, text: str, must_be: str = "", **fields: Any) -> Any:
     """A field of a method's dataclass that the config sets as config.METHOD.FIELD; arguments as of `Setting`."""
-    row = Setting(default, text, must_be, choices, of_type, protocol=protocol)
-    return dataclasses.field(default=default, metadata={"setting": row})
+    return dataclasses.field(default=default, metadata={"setting": Setting(default, text, must_be, **fields)})
 
 
 def settings_of(kind: type) -> dict[str, Setting]:

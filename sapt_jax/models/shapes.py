@@ -104,10 +104,6 @@ def _check_rope(kind: str, rope: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: rope scaling {kind!r} with {', '.join(unknown)} is not supported.")
 
 
-def _llama(vocab, d, layers, heads, kv, ff, eps, theta, positions, tied, head_dim=None, scaling=()) -> LlamaConfig:
-    return LlamaConfig(vocab, d, layers, heads, kv, head_dim or d // heads, ff, eps, theta, scaling, positions, tied)
-
-
 _LLAMA3_SCALING = (
     ("factor", 8.0),
     ("high_freq_factor", 4.0),
@@ -117,17 +113,86 @@ _LLAMA3_SCALING = (
 )
 _LLAMA32_SCALING = (("factor", 32.0), *_LLAMA3_SCALING[1:])
 
+_LLAMA2_7B = LlamaConfig(
+    vocab_size=32000,
+    d_model=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    d_ff=11008,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=(),
+    max_positions=4096,
+    tie_embeddings=False,
+)
+_LLAMA3_8B = LlamaConfig(
+    vocab_size=128256,
+    d_model=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=14336,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=(),
+    max_positions=8192,
+    tie_embeddings=False,
+)
+_LLAMA32_1B = LlamaConfig(
+    vocab_size=128256,
+    d_model=2048,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    d_ff=8192,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=_LLAMA32_SCALING,
+    max_positions=131072,
+    tie_embeddings=True,
+)
+
 LLAMA_VARIANTS = {
-    "llama-tiny": _llama(384, 32, 2, 4, 2, 64, 1e-5, 10000.0, 512, True),
-    "smollm2-135m": _llama(49152, 576, 30, 9, 3, 1536, 1e-5, 100000.0, 8192, True),
-    "llama-2-7b": _llama(32000, 4096, 32, 32, 32, 11008, 1e-5, 10000.0, 4096, False),
-    "llama-2-13b": _llama(32000, 5120, 40, 40, 40, 13824, 1e-5, 10000.0, 4096, False),
-    "llama-3-8b": _llama(128256, 4096, 32, 32, 8, 14336, 1e-5, 500000.0, 8192, False),
-    "llama-3.1-8b": _llama(128256, 4096, 32, 32, 8, 14336, 1e-5, 500000.0, 131072, False, scaling=_LLAMA3_SCALING),
-    "llama-3.2-1b": _llama(128256, 2048, 16, 32, 8, 8192, 1e-5, 500000.0, 131072, True, scaling=_LLAMA32_SCALING),
-    "llama-3.2-3b": _llama(
-        128256, 3072, 28, 24, 8, 8192, 1e-5, 500000.0, 131072, True, head_dim=128, scaling=_LLAMA32_SCALING
+    "llama-tiny": LlamaConfig(
+        vocab_size=384,
+        d_model=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        d_ff=64,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=(),
+        max_positions=512,
+        tie_embeddings=True,
     ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        d_model=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        d_ff=1536,
+        norm_eps=1e-5,
+        rope_theta=100000.0,
+        rope_scaling=(),
+        max_positions=8192,
+        tie_embeddings=True,
+    ),
+    "llama-2-7b": _LLAMA2_7B,
+    "llama-2-13b": dataclasses.replace(
+        _LLAMA2_7B, d_model=5120, num_layers=40, num_heads=40, num_kv_heads=40, d_ff=13824
+    ),
+    "llama-3-8b": _LLAMA3_8B,
+    "llama-3.1-8b": dataclasses.replace(_LLAMA3_8B, rope_scaling=_LLAMA3_SCALING, max_positions=131072),
+    "llama-3.2-1b": _LLAMA32_1B,
+    "llama-3.2-3b": dataclasses.replace(_LLAMA32_1B, d_model=3072, num_layers=28, num_heads=24, head_dim=128),
 }
 
 
@@ -205,22 +270,73 @@ def _t5_mlp(config: Mapping[str, Any], where: str) -> tuple[str, bool]:
     return _known(config.get("dense_act_fn", activation), field, T5_ACTIVATIONS, where), gated
 
 
-def _t5(d, layers, heads, head_dim, ff, generation, vocab=32128) -> T5Config:
-    activation, gated, tied = {"1.0": ("relu", False, True), "1.1": ("gelu_new", True, False)}[generation]
-    return T5Config(vocab, d, layers, layers, heads, head_dim, ff, activation, gated, 1e-6, 32, 128, tied)
-
-
+_T5_SMALL = T5Config(
+    vocab_size=32128,
+    d_model=512,
+    num_encoder_layers=6,
+    num_decoder_layers=6,
+    num_heads=8,
+    head_dim=64,
+    d_ff=2048,
+    activation="relu",
+    gated=False,
+    norm_eps=1e-6,
+    relative_buckets=32,
+    relative_max_distance=128,
+    tie_embeddings=True,
+)
 # The 1.1 shapes are also those of the LM-adapted and FLAN checkpoints.
+_T5_1_1_SMALL = T5Config(
+    vocab_size=32128,
+    d_model=512,
+    num_encoder_layers=8,
+    num_decoder_layers=8,
+    num_heads=6,
+    head_dim=64,
+    d_ff=1024,
+    activation="gelu_new",
+    gated=True,
+    norm_eps=1e-6,
+    relative_buckets=32,
+    relative_max_distance=128,
+    tie_embeddings=False,
+)
+
 T5_VARIANTS = {
-    "t5-tiny": _t5(32, 2, 4, 16, 64, "1.1", vocab=384),
-    "t5-small": _t5(512, 6, 8, 64, 2048, "1.0"),
-    "t5-base": _t5(768, 12, 12, 64, 3072, "1.0"),
-    "t5-large": _t5(1024, 24, 16, 64, 4096, "1.0"),
-    "t5-3b": _t5(1024, 24, 32, 128, 16384, "1.0"),
-    "t5-11b": _t5(1024, 24, 128, 128, 65536, "1.0"),
-    "t5-v1_1-small": _t5(512, 8, 6, 64, 1024, "1.1"),
-    "t5-v1_1-base": _t5(768, 12, 12, 64, 2048, "1.1"),
-    "t5-v1_1-large": _t5(1024, 24, 16, 64, 2816, "1.1"),
-    "t5-v1_1-xl": _t5(2048, 24, 32, 64, 5120, "1.1"),
-    "t5-v1_1-xxl": _t5(4096, 24, 64, 64, 10240, "1.1"),
+    "t5-tiny": dataclasses.replace(
+        _T5_1_1_SMALL,
+        vocab_size=384,
+        d_model=32,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        head_dim=16,
+        d_ff=64,
+    ),
+    "t5-small": _T5_SMALL,
+    "t5-base": dataclasses.replace(
+        _T5_SMALL, d_model=768, num_encoder_layers=12, num_decoder_layers=12, num_heads=12, d_ff=3072
+    ),
+    "t5-large": dataclasses.replace(
+        _T5_SMALL, d_model=1024, num_encoder_layers=24, num_decoder_layers=24, num_heads=16, d_ff=4096
+    ),
+    "t5-3b": dataclasses.replace(
+        _T5_SMALL, d_model=1024, num_encoder_layers=24, num_decoder_layers=24, num_heads=32, head_dim=128, d_ff=16384
+    ),
+    "t5-11b": dataclasses.replace(
+        _T5_SMALL, d_model=1024, num_encoder_layers=24, num_decoder_layers=24, num_heads=128, head_dim=128, d_ff=65536
+    ),
+    "t5-v1_1-small": _T5_1_1_SMALL,
+    "t5-v1_1-base": dataclasses.replace(
+        _T5_1_1_SMALL, d_model=768, num_encoder_layers=12, num_decoder_layers=12, num_heads=12, d_ff=2048
+    ),
+    "t5-v1_1-large": dataclasses.replace(
+        _T5_1_1_SMALL, d_model=1024, num_encoder_layers=24, num_decoder_layers=24, num_heads=16, d_ff=2816
+    ),
+    "t5-v1_1-xl": dataclasses.replace(
+        _T5_1_1_SMALL, d_model=2048, num_encoder_layers=24, num_decoder_layers=24, num_heads=32, d_ff=5120
+    ),
+    "t5-v1_1-xxl": dataclasses.replace(
+        _T5_1_1_SMALL, d_model=4096, num_encoder_layers=24, num_decoder_layers=24, num_heads=64, d_ff=10240
+    ),
 }

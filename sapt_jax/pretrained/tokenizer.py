@@ -189,16 +189,8 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
     bos = settings.special("bos", own["bos"])
     # T5 has no bos at all; LLaMA's tokenizer.model has one, and the model wants it.
     add_bos = settings.get("add_bos_token", bos is not None)
-    backend = SentencePieceBackend(model)
-    return _tokenizer(
-        file,
-        len(model),
-        settings.special("pad", own["pad"]),
-        settings.special("eos", own["eos"]),
-        bos,
-        add_bos,
-        backend,
-    )
+    pad, eos = (settings.special(name, own[name]) for name in ("pad", "eos"))
+    return _tokenizer(file, len(model), _Special(pad, eos, bos, add_bos), SentencePieceBackend(model))
 
 
 def _fast_tokenizer() -> "type[PreTrainedTokenizerFast]":
@@ -223,7 +215,8 @@ def _from_json(file: Path) -> Tokenizer:
         file.parent, tokenizer_file=str(file), local_files_only=True, **_names(stored, bos=bos, eos=eos, pad=pad)
     )
     add_bos = settings.get("add_bos_token", bos in model("a")["input_ids"])
-    return _tokenizer(file, max(vocabulary.values()) + 1, pad, eos, bos, add_bos, TransformersBackend(model))
+    size = max(vocabulary.values()) + 1
+    return _tokenizer(file, size, _Special(pad, eos, bos, add_bos), TransformersBackend(model))
 
 
 def _names(model: tokenizers.Tokenizer, **ids: int | None) -> dict[str, str | None]:
@@ -244,20 +237,22 @@ def _from_gguf(file: Path) -> Tokenizer:
         )
     else:
         backend = SentencePieceBackend(vocabulary.model)
-    return _tokenizer(
-        file,
-        vocabulary.size,
-        vocabulary.pad_id,
-        vocabulary.eos_id,
-        vocabulary.bos_id,
-        vocabulary.add_bos,
-        backend,
-    )
+    special = _Special(vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.add_bos)
+    return _tokenizer(file, vocabulary.size, special, backend)
 
 
-def _tokenizer(
-    file: Path, size: int, pad: int | None, eos: int | None, bos: int | None, add_bos: bool, backend: Backend
-) -> Tokenizer:
+@dataclasses.dataclass(frozen=True)
+class _Special:
+    """The special tokens that a file names, and whether texts begin with bos."""
+
+    pad: int | None
+    eos: int | None
+    bos: int | None
+    add_bos: bool
+
+
+def _tokenizer(file: Path, size: int, special: _Special, backend: Backend) -> Tokenizer:
+    pad, eos, bos = special.pad, special.eos, special.bos
     if eos is None:
         raise ValueError(
             f"{file}: no end token is known. Name it as eos_token in tokenizer_config.json, "
@@ -268,9 +263,9 @@ def _tokenizer(
     for name, token in (("eos", eos), ("bos", bos)):
         if token is not None and not 0 <= token < size:
             raise ValueError(f"{file}: the {name} id {token} is outside the vocabulary of {size}")
-    if add_bos and bos is None:
+    if special.add_bos and bos is None:
         raise ValueError(f"{file}: add_bos_token is set, but no bos token is known: name it in bos_token")
-    return Tokenizer(size, pad, eos, bos, bool(add_bos), backend)
+    return Tokenizer(size, pad, eos, bos, bool(special.add_bos), backend)
 
 
 class _Settings:
