@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,15 +19,7 @@ from sapt_jax.decoding.answers import Ends, Search, make_generate
 from sapt_jax.methods.base import Apply, Batch, Logs, Method, Samples, Seen, real_rows
 from sapt_jax.models.families import parameters
 from sapt_jax.optimization import make_optimizer, schedule_factor
-from sapt_jax.state import Frozen, Task, Trainable, Tree, abstract, rng
-
-
-class TrainState(struct.PyTreeNode):
-    """What a step changes: the trainable tree, the optimizer's state, and the number of steps done in this task."""
-
-    trainable: Trainable
-    opt_state: Tree
-    step: jax.Array
+from sapt_jax.state import Frozen, Task, Trainable, TrainState, Tree, abstract, rng
 
 
 @dataclasses.dataclass(frozen=True)

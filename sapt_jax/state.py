@@ -121,6 +121,14 @@ class Trainable(struct.PyTreeNode):
     selector: Tree
 
 
+class TrainState(struct.PyTreeNode):
+    """What a step changes: the trainable tree, the optimizer's state, and the number of steps done in this task."""
+
+    trainable: Trainable
+    opt_state: Tree
+    step: jax.Array
+
+
 class Task(struct.PyTreeNode):
     """What a program needs to know of the task at hand; integers, traced, so that all tasks share one program.
 

@@ -19,8 +19,8 @@ from sapt_jax.models.shapes import LlamaConfig
 from sapt_jax.optimization import make_optimizer
 from sapt_jax.pretrained import llama_weights as llama_tables
 from sapt_jax.pretrained.rules import to_foreign
-from sapt_jax.programs import TrainState, make_apply, make_train_step
-from sapt_jax.state import Trainable
+from sapt_jax.programs import make_apply, make_train_step
+from sapt_jax.state import Trainable, TrainState
 from tests.helpers.tiny import tiny_method
 from tests.helpers.trees import at, fresh, init_base, noise, random_frozen
 

@@ -20,8 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import args as ocp_args
 
-from sapt_jax.programs import TrainState
-from sapt_jax.state import TASKS, Frozen, Trainable, is_leaf
+from sapt_jax.state import TASKS, Frozen, Trainable, TrainState, is_leaf
 from sapt_jax.storage.paths import as_path, is_remote
 
 FORMAT = 2

@@ -9,7 +9,6 @@ from sapt_jax import state as states
 from sapt_jax.models.families import Parameter
 from sapt_jax.optimization import make_optimizer
 from sapt_jax.pet import Lora
-from sapt_jax.programs import TrainState
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
 from tests.helpers.tiny import tiny_method
@@ -47,7 +46,7 @@ def make_trainable(seed, rank=2, dtype=jnp.float32):
 
 def make_state(seed, **options):
     trainable = make_trainable(seed, **options)
-    return fill(seed + 1, TrainState(trainable, OPTIMIZER.init(trainable), jnp.zeros((), jnp.int32)))
+    return fill(seed + 1, states.TrainState(trainable, OPTIMIZER.init(trainable), jnp.zeros((), jnp.int32)))
 
 
 def make_frozen(seed, capacity=3, rank=2):

@@ -15,7 +15,6 @@ from sapt_jax import state  # noqa: E402
 from sapt_jax.convert.__main__ import main  # noqa: E402
 from sapt_jax.export.learned import declared_state, read_run  # noqa: E402
 from sapt_jax.models.families import read_shape  # noqa: E402
-from sapt_jax.programs import TrainState  # noqa: E402
 from sapt_jax.storage import checkpoints  # noqa: E402
 from sapt_jax.storage.checkpoints import TaskCheckpoints  # noqa: E402
 from tests.helpers.learned_runs import TASKS, make_base, make_config  # noqa: E402
@@ -206,7 +205,7 @@ def test_a_task_in_the_middle_says_what_to_delete(tmp_path, method):
             ),
         )
     fresh = zeros(declared(tmp_path, method, "lora", 1)[1])
-    like = TrainState(fresh, optax.sgd(1.0).init(fresh), jnp.zeros((), jnp.int32))
+    like = state.TrainState(fresh, optax.sgd(1.0).init(fresh), jnp.zeros((), jnp.int32))
     saved = TaskCheckpoints(folder)
     with pytest.raises(ValueError, match=f"older version of sapt_jax.*delete {folder / 'steps'}, and the task starts"):
         saved.restore(like)
