@@ -63,14 +63,5 @@ def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: i
     scores = metrics.score_instances(
         texts, task.task.test, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
     )
-    predictions.write_predictions(
-        results,
-        task_order=names,
-        task_index=task_index,
-        tested_index=tested,
-        instances=task.task.test,
-        predictions=texts,
-        scores=scores,
-        attention_weights=weights,
-    )
+    predictions.write_predictions(file, predictions.Answers(task.task.test, texts, scores, weights))
     return float(scores.mean())

@@ -75,25 +75,27 @@ class Tale:
         run, names = self.run, self.run.stream.names
         finished = metrics.finished_part(self.matrix)
         single = self.single_task_scores
-        told = {
-            "method": run.config.method,
-            "task_order": names,
-            "metric_per_task": {task.name: task.task.metric for task in run.stream.tasks},
-            "matrix": self.matrix,
-            "summary": metrics.summarise(
-                finished, [single[name] for name in names[: len(finished)]] if single else None
-            ),
-            "seeds": {"seed": run.config.seed, "data.seed": run.config.data.seed},
-            "protocol": protocol_of(run.config),
+        extra = {
             **run.method.told(frozen.memory),
             "buckets": run.stream.buckets,
             "truncated": run.stream.truncated(),
             "unseen": unseen,
             "single_task_scores": single,
-            "config": run.config,
         }
         categories = {name: category for category, members in SUPERNI_CATEGORIES.items() for name in members}
         if set(names) <= set(categories):
-            told["category_scores"] = metrics.mean_by_category(dict(zip(names, finished[-1], strict=False)), categories)
-        scores.write_scores(self.results, **told)
-        return told
+            by_task = dict(zip(names, finished[-1], strict=False))
+            extra["category_scores"] = metrics.mean_by_category(by_task, categories)
+        found = scores.Scores(
+            method=run.config.method,
+            task_order=names,
+            metric_per_task={task.name: task.task.metric for task in run.stream.tasks},
+            matrix=self.matrix,
+            summary=metrics.summarise(finished, [single[name] for name in names[: len(finished)]] if single else None),
+            seeds={"seed": run.config.seed, "data.seed": run.config.data.seed},
+            protocol=protocol_of(run.config),
+            config=run.config,
+            extra=extra,
+        )
+        scores.write_scores(self.results, found)
+        return found.told()

@@ -5,20 +5,22 @@ import pytest
 
 from sapt_jax import compare
 from sapt_jax.results import metrics
-from sapt_jax.results.scores import write_scores
+from sapt_jax.results.scores import Scores, write_scores
 
 
 def _write(folder, method, matrix, task_order=("a", "b")):
     write_scores(
         folder,
-        method=method,
-        task_order=task_order,
-        metric_per_task=dict.fromkeys(task_order, "rouge_l"),
-        matrix=matrix,
-        summary=metrics.summarise(metrics.finished_part(matrix), None),
-        seeds={"seed": 0},
-        protocol={},
-        config={},
+        Scores(
+            method=method,
+            task_order=task_order,
+            metric_per_task=dict.fromkeys(task_order, "rouge_l"),
+            matrix=matrix,
+            summary=metrics.summarise(metrics.finished_part(matrix), None),
+            seeds={"seed": 0},
+            protocol={},
+            config={},
+        ),
     )
 
 

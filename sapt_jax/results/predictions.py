@@ -5,6 +5,7 @@
 Only process 0 of a run on several hosts writes.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,32 +25,34 @@ def predictions_file(workdir: str | Path, task_order: Sequence[str], task_index:
     return as_path(workdir) / "predictions" / f"{task_index:02d}-{trained}" / f"{tested_index:02d}-{tested}.jsonl"
 
 
-def write_predictions(
-    workdir: str | Path,
-    *,
-    task_order: Sequence[str],
-    task_index: int,
-    tested_index: int,
-    instances: Sequence[Instance],
-    predictions: Sequence[str],
-    scores: Sequence[float],
-    attention_weights: np.ndarray | None,
-) -> epath.Path:
-    """Writes one line for each instance, in order, atomically, and returns the file.
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a run answered to the inputs of a split.
 
-    Args:
-        scores: [N], 0 to 100 (metrics.score_instances).
-        attention_weights: [N, T] mixture weights of each request over the task slots, or None for methods without.
+    Attributes:
+      instances: [N] what was asked.
+      texts: [N] the answers.
+      scores: [N] of each, 0 to 100 (`metrics.score_instances`).
+      attention_weights: [N, T] mixture weights of each input over the task slots, or None for methods without.
     """
-    path = predictions_file(workdir, task_order, task_index, tested_index)
-    weights = [None] * len(instances) if attention_weights is None else np.asarray(attention_weights, np.float64)
+
+    instances: Sequence[Instance]
+    texts: Sequence[str]
+    scores: Sequence[float]
+    attention_weights: np.ndarray | None
+
+
+def write_predictions(file: epath.Path, answers: Answers) -> None:
+    """Writes one line for each instance, in order, atomically, into a file of `predictions_file`."""
+    instances, weights = answers.instances, answers.attention_weights
+    rows = [None] * len(instances) if weights is None else np.asarray(weights, np.float64)
     lines = [
         json.dumps(
             to_jsonable(
                 {
                     "id": instance.id,
                     "input": instance.input,
-                    "prediction": prediction,
+                    "prediction": text,
                     "references": instance.outputs,
                     "score": float(score),
                     "attention_weights": None if row is None else np.round(row, 6),
@@ -58,11 +61,10 @@ def write_predictions(
             ensure_ascii=False,
             allow_nan=False,
         )
-        for instance, prediction, score, row in zip(instances, predictions, scores, weights, strict=True)
+        for instance, text, score, row in zip(instances, answers.texts, answers.scores, rows, strict=True)
     ]
     if jax.process_index() == 0:
-        write_text_atomically(path, "".join(line + "\n" for line in lines))
-    return path
+        write_text_atomically(file, "".join(line + "\n" for line in lines))
 
 
 def read_predictions_scores(file: Path | epath.Path) -> list[float]:

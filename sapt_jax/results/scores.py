@@ -3,6 +3,7 @@
 Only process 0 of a run on several hosts writes. JSON has no NaN: it is written as null.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,49 +17,50 @@ from sapt_jax.storage.paths import as_path
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
 SCORES_FORMAT = 1
-_SCORES_FIELDS = tuple("format method task_order metric_per_task matrix summary seeds protocol config".split())
 
 
-def write_scores(
-    workdir: str | Path,
-    *,
-    method: str,
-    task_order: Sequence[str],
-    metric_per_task: Mapping[str, str],
-    matrix: np.ndarray,
-    summary: Mapping[str, float | None],
-    seeds: Mapping[str, int],
-    protocol: Mapping[str, Any],
-    config: Any,
-    **extra: Any,
-) -> epath.Path:
-    """Writes DIR/scores.json atomically and returns its path. Call it after every task.
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a run tells after every task.
 
-    Args:
-        method: name of the continual-learning method.
-        task_order: [T] task names, in the order they are trained.
-        metric_per_task: task -> "rouge_l" | "exact_match".
-        matrix: [T, T] scores, NaN where there is none (yet).
-        summary: from metrics.summarise, over the tasks finished so far.
-        protocol: every setting that a score depends on beside the model, such as dev_is_test or references.
-        config: the run's config, a ConfigDict or a mapping.
-        extra: more fields, such as single_task_scores or reflection_targets.
+    Attributes:
+      method: name of the continual-learning method.
+      task_order: [T] task names, in the order they are trained.
+      metric_per_task: task -> "rouge_l" | "exact_match".
+      matrix: [T, T] scores, NaN where there is none (yet).
+      summary: from metrics.summarise, over the tasks finished so far.
+      seeds: by the name of the setting.
+      protocol: every setting that a score depends on beside the model, such as dev_is_test or references.
+      config: the run's config, a ConfigDict or a mapping.
+      extra: more fields, such as single_task_scores or reflection_targets.
     """
+
+    method: str
+    task_order: Sequence[str]
+    metric_per_task: Mapping[str, str]
+    matrix: np.ndarray
+    summary: Mapping[str, float | None]
+    seeds: Mapping[str, int]
+    protocol: Mapping[str, Any]
+    config: Any
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """What scores.json holds."""
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        # The longest comes last.
+        config = fields.pop("config")
+        return {"format": SCORES_FORMAT, **fields, **self.extra, "config": config}
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Scores) if field.name != "extra")
+
+
+def write_scores(workdir: str | Path, scores: Scores) -> epath.Path:
+    """Writes DIR/scores.json atomically and returns its path. Call it after every task."""
     path = as_path(workdir) / "scores.json"
-    payload = {
-        "format": SCORES_FORMAT,
-        "method": method,
-        "task_order": task_order,
-        "metric_per_task": metric_per_task,
-        "matrix": matrix,
-        "summary": summary,
-        "seeds": seeds,
-        "protocol": protocol,
-        **extra,
-        "config": config,
-    }
     if jax.process_index() == 0:
-        write_text_atomically(path, json.dumps(to_jsonable(payload), indent=1, allow_nan=False) + "\n")
+        write_text_atomically(path, json.dumps(to_jsonable(scores.told()), indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -74,7 +76,7 @@ def read_scores(workdir: str | Path) -> dict[str, Any]:
         scores = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: broken JSON ({error}); run again to write it anew") from None
-    missing = [field for field in _SCORES_FIELDS if not isinstance(scores, dict) or field not in scores]
+    missing = [field for field in ("format", *_FIELDS) if not isinstance(scores, dict) or field not in scores]
     if missing:
         raise ValueError(f"{path}: not the scores of a run (without {', '.join(missing)})")
     if scores["format"] != SCORES_FORMAT:

@@ -6,38 +6,24 @@ import numpy as np
 import pytest
 
 from sapt_jax.data.task import Instance
-from sapt_jax.results.predictions import predictions_file, read_predictions_scores, write_predictions
+from sapt_jax.results.predictions import Answers, predictions_file, read_predictions_scores, write_predictions
 
 TASKS = ("first", "second", "third")
 
 
-def _write(workdir, scores, predictions=None):
-    return write_predictions(
-        workdir,
-        task_order=TASKS,
-        task_index=0,
-        tested_index=1,
-        instances=[Instance(f"i{n}", "an\x85input", ("x",)) for n in range(len(scores))],
-        predictions=["x"] * len(scores) if predictions is None else predictions,
-        scores=scores,
-        attention_weights=None,
-    )
+def _write(workdir, scores, texts=None):
+    instances = [Instance(f"i{n}", "an\x85input", ("x",)) for n in range(len(scores))]
+    file = predictions_file(workdir, TASKS, 0, 1)
+    write_predictions(file, Answers(instances, ["x"] * len(scores) if texts is None else texts, scores, None))
+    return file
 
 
 def test_predictions_hold_one_line_for_each_instance(tmp_path):
     rng = np.random.default_rng(1)
     instances = [Instance(id=f"i{n}", input="naïve\ninput", outputs=("a", "b")) for n in range(4)]
     weights = rng.dirichlet(np.ones(3), size=4).astype(np.float32)
-    path = write_predictions(
-        tmp_path,
-        task_order=TASKS,
-        task_index=2,
-        tested_index=0,
-        instances=instances,
-        predictions=["p"] * 4,
-        scores=np.arange(4.0),
-        attention_weights=jnp.asarray(weights),
-    )
+    path = predictions_file(tmp_path, TASKS, task_index=2, tested_index=0)
+    write_predictions(path, Answers(instances, ["p"] * 4, np.arange(4.0), jnp.asarray(weights)))
     assert path == tmp_path / "predictions" / "02-third" / "00-first.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [line["id"] for line in lines] == ["i0", "i1", "i2", "i3"]
@@ -48,12 +34,11 @@ def test_predictions_hold_one_line_for_each_instance(tmp_path):
 
 def test_predictions_need_one_of_everything(tmp_path):
     with pytest.raises(ValueError):
-        _write(tmp_path, [1.0], predictions=[])
+        _write(tmp_path, [1.0], texts=[])
 
 
 def test_scores_read_back_in_order(tmp_path):
     file = _write(tmp_path, [0.0, 100.0, 12.5])
-    assert file == predictions_file(tmp_path, TASKS, 0, 1)
     assert read_predictions_scores(file) == [0.0, 100.0, 12.5]
 
 

@@ -6,12 +6,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from sapt_jax.results import metrics
-from sapt_jax.results.scores import read_scores, write_scores
+from sapt_jax.results.scores import Scores, read_scores, write_scores
 
 TASKS = ("first", "second", "third")
 
 
-def _write(workdir, **changes):
+def _write(workdir, **extra):
     matrix = metrics.with_row(metrics.empty_matrix(3), 0, [12.5])
     arguments = {
         "method": "sapt",
@@ -23,7 +23,7 @@ def _write(workdir, **changes):
         "protocol": {"references": "best"},
         "config": ConfigDict({"train": {"epochs": 2}, "buckets": ((16, 8),)}),
     }
-    return write_scores(workdir, **(arguments | changes))
+    return write_scores(workdir, Scores(**arguments, extra=extra))
 
 
 def test_scores_read_back(tmp_path):

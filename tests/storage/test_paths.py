@@ -11,7 +11,7 @@ from etils.epath import gpath
 
 from sapt_jax import continual
 from sapt_jax.results.curves import RunLog
-from sapt_jax.results.scores import read_scores, write_scores
+from sapt_jax.results.scores import Scores, read_scores, write_scores
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.paths import as_path, is_remote
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
@@ -99,14 +99,16 @@ def test_text_files_in_an_object_store(monkeypatch, caplog):
 
     file = write_scores(
         workdir,
-        method="sapt",
-        task_order=("shout",),
-        metric_per_task={"shout": "exact_match"},
-        matrix=np.array([[25.0]]),
-        summary={"AP": 25.0},
-        seeds={"seed": 0},
-        protocol={},
-        config={},
+        Scores(
+            method="sapt",
+            task_order=("shout",),
+            metric_per_task={"shout": "exact_match"},
+            matrix=np.array([[25.0]]),
+            summary={"AP": 25.0},
+            seeds={"seed": 0},
+            protocol={},
+            config={},
+        ),
     )
     assert str(file) == "gs://bucket/run/scores.json"
     assert read_scores("gs://bucket/run")["matrix"].tolist() == [[25.0]]
