@@ -15,13 +15,13 @@ from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from sapt_jax import pet
+from sapt_jax.data.pseudo_samples import PSEUDO_SOURCES
 from sapt_jax.methods import METHODS, Method
 from sapt_jax.models.families import DTYPES
 from sapt_jax.models.kernels import KERNELS
 from sapt_jax.models.layers import REMAT
 from sapt_jax.optimization import SCHEDULES, check_rates
 from sapt_jax.pet.lora import QUERY_AND_VALUE
-from sapt_jax.pseudo_samples.read import PSEUDO_SOURCES
 from sapt_jax.results.metrics import REFERENCE_CHOICES
 from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, Setting, settings_of
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically

@@ -105,8 +105,9 @@ def _feature_rows(run: Run, base: Tree, index: int) -> jax.Array | None:
     """Features of the training inputs that the method asks for: a fixed number, so that tasks share one program."""
     if not run.method.rows_before:
         return None
+    train = run.stream.tasks[index].train
     (features,) = map_sources(
-        lambda source, mask: (run.programs.features(base, source, mask),), run.stream.tasks[index].train, run.layout
+        lambda source, mask: (run.programs.features(base, source, mask),), train, run.layout, run.mesh
     )
     rng = state.host_rng(run.config.seed, "feature rows", index)
     return sharding.replicate(features[rng.integers(len(features), size=run.method.rows_before)], run.mesh)
@@ -131,7 +132,7 @@ def _measure(
         rng = state.host_rng(run.config.seed, "measured rows", index)
         rows = rows.take(np.sort(rng.choice(len(rows), most, replace=False)))
     at = run.task(index)
-    totals = sum_batches(lambda batch: run.programs.measure(*trees, batch, at), rows, run.layout)
+    totals = sum_batches(lambda batch: run.programs.measure(*trees, batch, at), rows, run.layout, run.mesh)
     memory = jax.tree.map(np.asarray, trees[0].memory) if run.method.uses("summarise") else None
     found = run.method.summarise(memory, totals)
     return sharding.replicate(jax.tree.map(lambda x: np.asarray(x, np.float32), found), run.mesh)

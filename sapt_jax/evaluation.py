@@ -21,7 +21,7 @@ def predict(run: Run, trees: Trees, split: EncodedSplit, task: Task) -> tuple[tu
     def generate(source: jax.Array, source_mask: jax.Array) -> tuple[jax.Array, ...]:
         return run.programs.generate(*trees, source, source_mask, task)
 
-    tokens, weights = map_sources(generate, split, run.layout)
+    tokens, weights = map_sources(generate, split, run.layout, run.mesh)
     return decode_texts(tokens, run.tokenizer), weights
 
 
@@ -31,7 +31,7 @@ def mixture_weights(run: Run, trees: Trees, split: EncodedSplit, task: Task) -> 
     def weights(source: jax.Array, source_mask: jax.Array) -> tuple[jax.Array, ...]:
         return (run.programs.weights(*trees, source, source_mask, task),)
 
-    return map_sources(weights, split, run.layout)[0]
+    return map_sources(weights, split, run.layout, run.mesh)[0]
 
 
 def dev_score(run: Run, trees: Trees, task: EncodedTask, at: Task) -> float:

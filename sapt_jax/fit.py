@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sapt_jax.data.batching import steps_per_epoch, train_batches
+from sapt_jax.data.batching import Prefetch, Share, Steps, steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask
 from sapt_jax.evaluation import dev_score
 from sapt_jax.methods.base import Samples
 from sapt_jax.optimization import schedule_factor
-from sapt_jax.programs import TrainState
 from sapt_jax.results.terminal import TrainingProgress
 from sapt_jax.run import TRAIN, Run
 from sapt_jax.sharding import own_slice, place_batch
-from sapt_jax.state import Frozen, Trainable
+from sapt_jax.state import Frozen, Trainable, TrainState
 from sapt_jax.storage import preemption
 from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
 
@@ -111,20 +110,13 @@ def _after_evaluation(loop: Loop, score: float, patience: int) -> Loop:
 
 
 def _batches(run: Run, task_index: int, loop: Loop, steps: int) -> Iterator[dict[str, jax.Array]]:
-    config = run.config
+    config, stream = run.config, run.stream
     batches = train_batches(
-        run.stream.tasks[task_index].train,
-        loop.buckets,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        task_index=task_index,
-        start_step=loop.step,
-        num_steps=steps,
-        padding_side=run.model.padding_side,
-        pad_id=run.tokenizer.pad_id,
-        **own_slice(run.mesh),
-        prefetch_threads=config.data.prefetch_threads,
-        prefetch_batches=config.data.prefetch_batches,
+        stream.tasks[task_index].train,
+        dataclasses.replace(stream.layout(config.train.batch_size), buckets=loop.buckets),
+        Steps(config.seed, task_index, loop.step, steps),
+        Share(*own_slice(run.mesh)),
+        Prefetch(config.data.prefetch_threads, config.data.prefetch_batches),
     )
     return (place_batch(batch, run.mesh) for batch in batches)
 

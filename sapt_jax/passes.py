@@ -1,7 +1,6 @@
 """One pass over a split: what a jitted function says of every row, or the sums of what it says of every batch."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,25 +8,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sapt_jax.data.batching import FILLER, eval_batches
+from sapt_jax.data.batching import FILLER, Layout, Share, eval_batches
 from sapt_jax.data.encoding import EncodedSplit
 from sapt_jax.pretrained.tokenizer import Tokenizer
 from sapt_jax.sharding import own_slice, place_batch
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the inputs of a split become batches."""
-
-    mesh: Mesh
-    buckets: Sequence[tuple[int, int]]
-    batch_size: int
-    padding_side: str
-    pad_id: int
-
-
 def map_sources(
-    function: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]], split: EncodedSplit, layout: Layout
+    function: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]], split: EncodedSplit, layout: Layout, mesh: Mesh
 ) -> list[np.ndarray]:
     """Applies `function(source [B, S], source_mask [B, S])` to every input of a split.
 
@@ -37,10 +25,10 @@ def map_sources(
       One array for each output of `function`, its rows in the split's order.
     """
     rows, outputs = [], []
-    for own, batch in _batches(split, layout):
+    for own, batch in eval_batches(split, layout, Share(*own_slice(mesh))):
         # Row numbers travel with the rows: a mesh may order its devices otherwise than the processes.
         named = {"source": batch["source"], "source_mask": batch["source_mask"], "rows": own.astype(np.int32)}
-        placed = place_batch(named, layout.mesh)
+        placed = place_batch(named, mesh)
         outputs.append(function(placed["source"], placed["source_mask"]))
         rows.append(placed["rows"])
     order = np.concatenate([_gather(own) for own in rows])
@@ -49,26 +37,16 @@ def map_sources(
     return [np.concatenate([_gather(part) for part in parts])[real][place] for parts in zip(*outputs, strict=True)]
 
 
-def sum_batches(function: Callable[[dict[str, jax.Array]], Any], split: EncodedSplit, layout: Layout) -> Any:
+def sum_batches(
+    function: Callable[[dict[str, jax.Array]], Any], split: EncodedSplit, layout: Layout, mesh: Mesh
+) -> Any:
     """The sum over a split's batches of the tree that `function(batch)` gives, in float64 on the host.
 
     A batch has `source` [B, S], `target` [B, L] and their masks, which are False on the rows that fill it up. What
     `function` gives is whole on every device.
     """
-    sums = [function(place_batch(batch, layout.mesh)) for _, batch in _batches(split, layout)]
+    sums = [function(place_batch(batch, mesh)) for _, batch in eval_batches(split, layout, Share(*own_slice(mesh)))]
     return jax.tree.map(lambda *parts: np.sum([np.asarray(part, np.float64) for part in parts], axis=0), *sums)
-
-
-def _batches(split: EncodedSplit, layout: Layout) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    return eval_batches(
-        split,
-        layout.buckets,
-        batch_size=layout.batch_size,
-        target_length=max(target for _, target in layout.buckets),
-        padding_side=layout.padding_side,
-        pad_id=layout.pad_id,
-        **own_slice(layout.mesh),
-    )
 
 
 def _gather(rows: jax.Array | np.ndarray) -> np.ndarray:

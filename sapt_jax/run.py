@@ -14,11 +14,11 @@ from rich.console import Console
 
 from sapt_jax import sharding, state
 from sapt_jax.config import make_method
+from sapt_jax.data.batching import Layout
 from sapt_jax.data.stream import Stream, load_stream
 from sapt_jax.decoding.answers import Ends
 from sapt_jax.methods import Method
 from sapt_jax.models.families import load_params, make_model, parameters, read_shape
-from sapt_jax.passes import Layout
 from sapt_jax.pretrained.locate import resolve_path
 from sapt_jax.pretrained.tokenizer import Tokenizer, load_tokenizer
 from sapt_jax.programs import Programs, make_programs
@@ -61,9 +61,8 @@ class Run:
 
     @property
     def layout(self) -> Layout:
-        """How the inputs of a split become batches."""
-        rows, side, pad = self.config.eval.batch_size, self.model.padding_side, self.tokenizer.pad_id
-        return Layout(self.mesh, self.stream.buckets, rows, side, pad)
+        """How a split becomes batches when its inputs are answered or measured."""
+        return self.stream.layout(self.config.eval.batch_size)
 
     @property
     def capacity(self) -> int:
@@ -125,7 +124,14 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
             "config.model.tokenizer must be the one that the model was trained with."
         )
-    return model, tokenizer, load_stream(config, tokenizer, model.padding_side, method)
+    stream = load_stream(
+        config,
+        tokenizer,
+        padding_side=model.padding_side,
+        prompt_length=method.pet.prompt_length,
+        with_pools=method.samples is not None,
+    )
+    return model, tokenizer, stream
 
 
 @contextlib.contextmanager

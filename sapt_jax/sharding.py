@@ -239,10 +239,10 @@ def batch_slices(mesh: Mesh) -> dict[int, int]:
     return {process: shares.index(tuple(sorted(shards))) for process, shards in held.items()}
 
 
-def own_slice(mesh: Mesh) -> dict[str, int]:
-    """This process's slice of every batch, as the functions of `data.batching` take it."""
+def own_slice(mesh: Mesh) -> tuple[int, int]:
+    """This process's slice of every batch: its number, and how many there are."""
     slices = batch_slices(mesh)
-    return {"process_index": slices[jax.process_index()], "process_count": len(set(slices.values()))}
+    return slices[jax.process_index()], len(set(slices.values()))
 
 
 def check_batch_sizes(sizes: dict[str, int], mesh: Mesh) -> None:
@@ -266,7 +266,7 @@ def check_batch_sizes(sizes: dict[str, int], mesh: Mesh) -> None:
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch (`own_slice`) as global arrays, split over the batch axes of the mesh."""
-    sharding, slices = batch_sharding(mesh), own_slice(mesh)["process_count"]
+    sharding, slices = batch_sharding(mesh), own_slice(mesh)[1]
 
     def place(rows: np.ndarray) -> jax.Array:
         shape = (rows.shape[0] * slices, *rows.shape[1:])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from sapt_jax import sharding
+from sapt_jax.data.batching import Layout
 from sapt_jax.data.encoding import EncodedSplit, Ragged
-from sapt_jax.passes import Layout, decode_texts, map_sources
+from sapt_jax.passes import decode_texts, map_sources
 from sapt_jax.pretrained.tokenizer import load_tokenizer
 
 BUCKETS = ((4, 3), (8, 3), (8, 6), (17, 6))
@@ -25,7 +26,7 @@ def make_split(seed, rows):
 def test_rows_come_back_in_the_order_of_the_split(rows, batch_size, padding_side):
     split = make_split(seed=rows, rows=rows)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    layout = Layout(mesh, BUCKETS, batch_size, padding_side, pad_id=0)
+    layout = Layout(BUCKETS, batch_size, padding_side, pad_id=0)
     shapes = []
 
     def digest(source, mask):
@@ -33,7 +34,7 @@ def test_rows_come_back_in_the_order_of_the_split(rows, batch_size, padding_side
         place = jnp.cumsum(mask, axis=1)
         return jnp.where(mask, source * place**2, 0).sum(axis=1), jnp.stack([mask.sum(axis=1), source.max(axis=1)], 1)
 
-    weighted, summary = map_sources(digest, split, layout)
+    weighted, summary = map_sources(digest, split, layout, mesh)
     want = [(row * np.arange(1, len(row) + 1) ** 2).sum() for row in (split.sources[i] for i in range(rows))]
     np.testing.assert_array_equal(weighted, want)
     np.testing.assert_array_equal(summary[:, 0], split.sources.lengths)
@@ -62,7 +63,7 @@ def test_every_batch_is_dispatched_before_the_first_result_is_fetched():
         events.append("dispatched")
         return (Result(len(source)),)
 
-    map_sources(function, split, Layout(mesh, BUCKETS, 4, "left", 0))
+    map_sources(function, split, Layout(BUCKETS, 4, "left", 0), mesh)
     assert events == ["dispatched"] * 3 + ["fetched"] * 3
 
 

@@ -6,6 +6,7 @@ right for encoder-decoder models. The target is the answer and the end token, pa
 row of a batch that is not full has both masks False everywhere.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -20,15 +21,77 @@ Plan = list[tuple[Bucket, np.ndarray]]
 FILLER = -1
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the rows of a split become batches.
+
+    Attributes:
+      buckets: from `choose_buckets` or `check_buckets` (ascending; the last bounds all).
+      batch_size: rows of the global batch, over all processes.
+      padding_side: of the sources; "left" for decoder-only models, whose target then follows the prompt at once,
+        "right" for encoder-decoder models.
+      pad_id: what fills the rest of a row.
+    """
+
+    buckets: Sequence[Bucket]
+    batch_size: int
+    padding_side: str
+    pad_id: int
+
+    def __post_init__(self):
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f'padding_side must be "left" or "right", not {self.padding_side!r}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which contiguous slice of every global batch a process makes, as `jax.make_array_from_process_local_data` wants.
+
+    All processes see the same bucket at the same step, and disjoint rows.
+    """
+
+    process_index: int
+    process_count: int
+
+    def __post_init__(self):
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(f"process_index {self.process_index} is not one of {self.process_count} processes.")
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """This process's rows of a batch; raises ValueError where they do not split evenly."""
+        if len(rows) % self.process_count:
+            raise ValueError(
+                f"batch_size {len(rows)} is not a multiple of the {self.process_count} processes: change batch_size."
+            )
+        size = len(rows) // self.process_count
+        return rows[self.process_index * size : (self.process_index + 1) * size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps `start` to `stop` - 1 of a task, whose rows are shuffled by `seed` and `task_index`."""
+
+    seed: int
+    task_index: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefetch:
+    """Grain's reader threads and how many batches they keep ready (0 threads: each batch is made when asked for)."""
+
+    threads: int
+    batches: int
+
+
 def pad_rows(
     ragged: Ragged, rows: np.ndarray, *, length: int, padding_side: str, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (ids [B, length] int32, mask [B, length] bool) of the rows; a row of -1 is filler.
 
-    padding_side: "left" or "right". Raises ValueError if a row is longer than `length`.
+    Raises ValueError if a row is longer than `length`.
     """
-    if padding_side not in ("left", "right"):
-        raise ValueError(f'padding_side must be "left" or "right", not {padding_side!r}.')
     ids = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
@@ -42,9 +105,10 @@ def pad_rows(
     return ids, mask
 
 
-def make_batch(split: EncodedSplit, rows: np.ndarray, bucket: Bucket, *, padding_side: str, pad_id: int) -> Batch:
+def make_batch(split: EncodedSplit, rows: np.ndarray, bucket: Bucket, layout: Layout) -> Batch:
     """Returns the batch of the given rows ([B], -1 for filler) in the shape of `bucket`."""
-    source, source_mask = pad_rows(split.sources, rows, length=bucket[0], padding_side=padding_side, pad_id=pad_id)
+    side, pad_id = layout.padding_side, layout.pad_id
+    source, source_mask = pad_rows(split.sources, rows, length=bucket[0], padding_side=side, pad_id=pad_id)
     target, target_mask = pad_rows(split.targets, rows, length=bucket[1], padding_side="right", pad_id=pad_id)
     return {"source": source, "source_mask": source_mask, "target": target, "target_mask": target_mask}
 
@@ -75,9 +139,7 @@ def _cut_into_batches(rows: np.ndarray, lengths: np.ndarray, buckets: Sequence[B
     return plan
 
 
-def epoch_plan(
-    lengths: np.ndarray, buckets: Sequence[Bucket], *, batch_size: int, seed: int, task_index: int, epoch: int
-) -> Plan:
+def epoch_plan(lengths: np.ndarray, layout: Layout, *, seed: int, task_index: int, epoch: int) -> Plan:
     """The batches of one epoch, in order: [(bucket, rows [batch_size] int64, -1 for filler)].
 
     Pure: depends on the arguments alone. Every row occurs exactly once, and every epoch has
@@ -85,17 +147,11 @@ def epoch_plan(
 
     Args:
       lengths: [n, 2] source and target lengths of the task's rows.
-      buckets: from `choose_buckets` or `check_buckets` (ascending; the last bounds all).
     """
     shuffled = _shuffled(np.arange(len(lengths)), _seed32(seed, task_index, epoch, 0))
-    plan = _cut_into_batches(shuffled, lengths, buckets, batch_size)
+    plan = _cut_into_batches(shuffled, lengths, layout.buckets, layout.batch_size)
     order = _shuffled(np.arange(len(plan)), _seed32(seed, task_index, epoch, 1))
     return [plan[i] for i in order]
-
-
-def eval_plan(lengths: np.ndarray, buckets: Sequence[Bucket], *, batch_size: int) -> Plan:
-    """The batches of one pass over a split in a fixed order, the largest first; otherwise as `epoch_plan`."""
-    return _cut_into_batches(np.arange(len(lengths)), lengths, buckets, batch_size)
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
@@ -108,104 +164,50 @@ def count_positions(plan: Plan, prompt_length: int) -> int:
     return sum((prompt_length + sum(bucket)) * len(rows) for bucket, rows in plan)
 
 
-def _own_rows(rows: np.ndarray, index: int, count: int) -> np.ndarray:
-    """This process's slice, contiguous, as `jax.make_array_from_process_local_data` wants it."""
-    if len(rows) % count:
-        raise ValueError(f"batch_size {len(rows)} is not a multiple of the {count} processes: change batch_size.")
-    share = len(rows) // count
-    return rows[index * share : (index + 1) * share]
-
-
 class _TrainSource:
     """Random access from the global step to this process's slice of that step's batch."""
 
-    def __init__(self, split, buckets, *, batch_size, seed, task_index, num_steps, padding_side, pad_id, process):
-        self._num_steps = num_steps
-        self._per_epoch = steps_per_epoch(len(split), batch_size)
-        self._make = functools.partial(make_batch, split, padding_side=padding_side, pad_id=pad_id)
-        self._process = process
+    def __init__(self, split: EncodedSplit, layout: Layout, steps: Steps, share: Share):
+        self._split, self._layout, self._steps, self._share = split, layout, steps, share
+        self._per_epoch = steps_per_epoch(len(split), layout.batch_size)
         # Two epochs: prefetch threads read ahead across the border.
         self._plan = functools.lru_cache(maxsize=2)(
-            functools.partial(
-                epoch_plan, split.lengths, buckets, batch_size=batch_size, seed=seed, task_index=task_index
-            )
+            functools.partial(epoch_plan, split.lengths, layout, seed=steps.seed, task_index=steps.task_index)
         )
 
     def __len__(self) -> int:
-        return self._num_steps
+        return self._steps.stop
 
     def __getitem__(self, step: int) -> Batch:
         epoch, place = divmod(int(step), self._per_epoch)
         bucket, rows = self._plan(epoch=epoch)[place]
-        return self._make(_own_rows(rows, *self._process), bucket)
+        return make_batch(self._split, self._share.of(rows), bucket, self._layout)
 
 
 def train_batches(
-    split: EncodedSplit,
-    buckets: Sequence[Bucket],
-    *,
-    batch_size: int,
-    seed: int,
-    task_index: int,
-    start_step: int,
-    num_steps: int,
-    padding_side: str,
-    pad_id: int,
-    process_index: int,
-    process_count: int,
-    prefetch_threads: int,
-    prefetch_batches: int,
+    split: EncodedSplit, layout: Layout, steps: Steps, share: Share, prefetch: Prefetch
 ) -> Iterator[Batch]:
-    """Yields the batches of steps `start_step` to `num_steps - 1`, read ahead by Grain's threads.
+    """Yields the batches of a task's steps, read ahead by Grain's threads.
 
-    Batch k is the same whatever `start_step` was; it lies in epoch k // steps_per_epoch(n, batch_size).
+    Batch k is the same whatever `steps.start` was; it lies in epoch k // steps_per_epoch(n, batch_size).
 
-    Args:
-      batch_size: rows of the global batch, over all processes; a multiple of `process_count`.
-      process_index, process_count: which contiguous slice of every global batch to yield; all processes see
-        the same bucket at the same step, and disjoint rows.
-      padding_side: of the sources; "left" for decoder-only models, whose target then follows the prompt at once,
-        "right" for encoder-decoder models.
-      prefetch_threads, prefetch_batches: Grain's reader threads and how many batches they keep ready (0
-        threads: each batch is made when asked for).
+    Raises:
+      ValueError: the batch does not split evenly over the processes.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not one of {process_count} processes.")
-    _own_rows(np.arange(batch_size), process_index, process_count)
-    source = _TrainSource(
-        split,
-        list(buckets),
-        batch_size=batch_size,
-        seed=seed,
-        task_index=task_index,
-        num_steps=num_steps,
-        padding_side=padding_side,
-        pad_id=pad_id,
-        process=(process_index, process_count),
-    )
-    options = grain.ReadOptions(num_threads=prefetch_threads, prefetch_buffer_size=prefetch_batches)
-    dataset = grain.MapDataset.source(source).slice(slice(start_step, None))
+    share.of(np.arange(layout.batch_size))
+    options = grain.ReadOptions(num_threads=prefetch.threads, prefetch_buffer_size=prefetch.batches)
+    source = _TrainSource(split, layout, steps, share)
+    dataset = grain.MapDataset.source(source).slice(slice(steps.start, None))
     return iter(dataset.to_iter_dataset(options))
 
 
-def eval_batches(
-    split: EncodedSplit,
-    buckets: Sequence[Bucket],
-    *,
-    batch_size: int,
-    target_length: int,
-    padding_side: str,
-    pad_id: int,
-    process_index: int,
-    process_count: int,
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yields (rows [b] int64 with -1 for filler, batch) over a split once, every row exactly once over all
-    processes.
+def eval_batches(split: EncodedSplit, layout: Layout, share: Share) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yields (rows [b] int64 with -1 for filler, batch) over a split once, in a fixed order, the largest first.
 
-    Only the source lengths of the buckets matter; every target is `target_length` wide, so decoding compiles
-    once for each source length. Arguments as in `train_batches`.
+    Every row comes exactly once over all processes. Only the source lengths of the buckets matter; every target is as
+    wide as the widest bucket's, so decoding compiles once for each source length.
     """
-    shapes = source_buckets(buckets, target_length)
-    for bucket, rows in eval_plan(split.lengths, shapes, batch_size=batch_size):
-        own = _own_rows(rows, process_index, process_count)
-        yield own, make_batch(split, own, bucket, padding_side=padding_side, pad_id=pad_id)
+    shapes = source_buckets(layout.buckets, max(target for _, target in layout.buckets))
+    for bucket, rows in _cut_into_batches(np.arange(len(split)), split.lengths, shapes, layout.batch_size):
+        own = share.of(rows)
+        yield own, make_batch(split, own, bucket, layout)

@@ -13,7 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from sapt_jax.data.sources.own_tasks import read_own_task
-from sapt_jax.data.sources.task_files import nearest_name, read_cl_benchmark, read_natural_instructions, task_rng
+from sapt_jax.data.sources.task_files import (
+    BenchmarkFolder,
+    nearest_name,
+    read_cl_benchmark,
+    read_natural_instructions,
+    task_rng,
+)
 from sapt_jax.data.task import Instance, Task, report_problems
 
 SUPERNI_CATEGORIES: dict[str, tuple[str, ...]] = {
@@ -84,6 +90,43 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the tasks of a run come from.
+
+    Attributes:
+      benchmark: a key of `BENCHMARKS`; it sets the metric and the prompt template.
+      source: a key of `SOURCES`, or "" for the benchmark's usual one.
+      data_dir: the data folder; None or "" reads SAPT_DATA_DIR.
+    """
+
+    benchmark: str
+    source: str
+    data_dir: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRules:
+    """How the rows of a task become its splits; the same for every task of a run.
+
+    Attributes:
+      dev_size: instances to move from train to dev when the source has no dev of its own; never more than a
+        fifth of train, and at least one unless it is 0.
+      dev_is_test: dev is the test set, as in the paper's code (train then keeps every instance).
+      max_train, max_dev, max_test: sampled sizes; 0 takes all.
+      seed: of the cuts and samples (not of training, so that runs with several seeds share their splits).
+      on_bad_instance: "error", "skip_empty", "skip" or "keep", see `task.read_instances`.
+    """
+
+    dev_size: int
+    dev_is_test: bool
+    max_train: int
+    max_dev: int
+    max_test: int
+    seed: int
+    on_bad_instance: str
+
+
 def resolve_data_dir(data_dir: str | None) -> Path:
     """Returns the data folder: `data_dir` if given, else the environment variable SAPT_DATA_DIR."""
     chosen = data_dir or os.environ.get("SAPT_DATA_DIR", "")
@@ -100,13 +143,8 @@ def resolve_data_dir(data_dir: str | None) -> Path:
 
 
 def _from_cl_benchmark(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed) -> Task:
-    return read_cl_benchmark(
-        name,
-        root=resolve_data_dir(data_dir),
-        benchmark_folder=benchmark.folder,
-        known=benchmark.tasks,
-        on_bad_instance=on_bad_instance,
-    )
+    folder = BenchmarkFolder(benchmark.folder, benchmark.tasks)
+    return read_cl_benchmark(name, folder, root=resolve_data_dir(data_dir), on_bad_instance=on_bad_instance)
 
 
 def _from_natural_instructions(name: str, benchmark: Benchmark, data_dir, on_bad_instance, seed) -> Task:
@@ -204,105 +242,67 @@ def _sample(instances: tuple[Instance, ...], size: int, rng: np.random.Generator
     return tuple(instances[i] for i in np.sort(rng.choice(len(instances), size, replace=False)))
 
 
-def cut_splits(
-    task: Task, *, dev_size: int, dev_is_test: bool, max_train: int, max_dev: int, max_test: int, seed: int
-) -> Task:
-    """Cuts dev out of train and samples every split. Pure: depends on the arguments alone.
+def cut_splits(task: Task, rules: SplitRules) -> Task:
+    """Cuts dev out of train and samples every split. Pure: depends on the arguments alone."""
 
-    Args:
-      dev_size: instances to move from train to dev when the source has no dev of its own; never more than a
-        fifth of train, and at least one unless it is 0.
-      dev_is_test: dev is the test set, as in the paper's code (train then keeps every instance).
-      max_train, max_dev, max_test: sampled sizes; 0 takes all.
-    """
-    train, dev, test = task.train, task.dev, _sample(task.test, max_test, task_rng(seed, task.name, "test"))
-    if dev_is_test:
+    def sample(split: str, instances: tuple[Instance, ...], size: int) -> tuple[Instance, ...]:
+        return _sample(instances, size, task_rng(rules.seed, task.name, split))
+
+    train, dev, test = task.train, task.dev, sample("test", task.test, rules.max_test)
+    if rules.dev_is_test:
         dev = test
-    elif not dev and dev_size > 0:
-        size = max(1, min(dev_size, len(train) // 5))
+    elif not dev and rules.dev_size > 0:
+        size = max(1, min(rules.dev_size, len(train) // 5))
         if len(train) < 2:
             raise ValueError(f"{task.name}: cannot cut dev from {len(train)} training instance(s); set dev_size=0.")
-        chosen = set(task_rng(seed, task.name, "dev").choice(len(train), size, replace=False).tolist())
+        chosen = set(task_rng(rules.seed, task.name, "dev").choice(len(train), size, replace=False).tolist())
         dev = tuple(instance for i, instance in enumerate(train) if i in chosen)
         train = tuple(instance for i, instance in enumerate(train) if i not in chosen)
-    train = _sample(train, max_train, task_rng(seed, task.name, "train"))
-    dev = _sample(dev, max_dev, task_rng(seed, task.name, "sample_dev"))
+    train, dev = sample("train", train, rules.max_train), sample("sample_dev", dev, rules.max_dev)
     return dataclasses.replace(task, train=train, dev=dev, test=test)
 
 
-def load_task(
-    name: str,
-    *,
-    benchmark: str,
-    source: str,
-    data_dir: str | None,
-    dev_size: int,
-    dev_is_test: bool,
-    max_train: int,
-    max_dev: int,
-    max_test: int,
-    seed: int,
-    on_bad_instance: str,
-) -> Task:
-    """Reads one task and cuts its splits.
+def load_task(name: str, origin: Origin, rules: SplitRules) -> Task:
+    """Reads one task and cuts its splits; `name` is a full task name (see `resolve_task_order`).
 
-    Args:
-      name: a full task name (see `resolve_task_order`).
-      benchmark: a key of `BENCHMARKS`; it sets the metric and the prompt template.
-      source: a key of `SOURCES`, or "" for the benchmark's usual one.
-      data_dir: the data folder; None or "" reads SAPT_DATA_DIR.
-      seed: of the cuts and samples (not of training, so that runs with several seeds share their splits).
-      on_bad_instance: "error", "skip_empty", "skip" or "keep", see `task.read_instances`.
-    Raises: ValueError or FileNotFoundError naming the file, the row or the setting at fault.
+    Raises:
+      ValueError or FileNotFoundError: naming the file, the row or the setting at fault.
     """
-    chosen = _choose(BENCHMARKS, benchmark, "benchmark")
-    read = _choose(SOURCES, source or chosen.source, "data source")
-    task = read(name, chosen, data_dir, on_bad_instance, seed)
+    benchmark = _choose(BENCHMARKS, origin.benchmark, "benchmark")
+    source = origin.source or benchmark.source
+    read = _choose(SOURCES, source, "data source")
+    task = read(name, benchmark, origin.data_dir, rules.on_bad_instance, rules.seed)
     for split in ("train", "test"):
         if not getattr(task, split):
             raise ValueError(
-                f"{name}: its {split} split is empty (source {source or chosen.source!r}). Fill it, or take the task "
-                "out of config.task_order."
+                f"{name}: its {split} split is empty (source {source!r}). Fill it, or take the task out of "
+                "config.task_order."
             )
-    task = dataclasses.replace(task, metric=chosen.metric or task.metric, prompt=chosen.prompt or task.prompt)
-    report_problems(task, on_bad_instance)
-    return cut_splits(
-        task,
-        dev_size=dev_size,
-        dev_is_test=dev_is_test,
-        max_train=max_train,
-        max_dev=max_dev,
-        max_test=max_test,
-        seed=seed,
-    )
+    report_problems(task, rules.on_bad_instance)
+    return cut_splits(_of_benchmark(task, benchmark), rules)
 
 
-def load_unseen_task(
-    name: str, *, benchmark: str, source: str, data_dir: str | None, max_test: int, seed: int, on_bad_instance: str
-) -> Task:
+def load_unseen_task(name: str, origin: Origin, rules: SplitRules) -> Task:
     """Reads a task that is only tested; train and dev are ().
 
-    It comes from `source` where one is named, such as a clone of natural-instructions, else from
-    `CL_Benchmark_unseen/{benchmark folder}/{name}/test.json`.
-
-    Arguments and errors as in `load_task`.
+    It comes from the origin's source where one is named, such as a clone of natural-instructions, else from
+    `CL_Benchmark_unseen/{benchmark folder}/{name}/test.json`. Errors as in `load_task`.
     """
-    chosen = _choose(BENCHMARKS, benchmark, "benchmark")
-    if source:
-        task = _choose(SOURCES, source, "data source")(name, chosen, data_dir, on_bad_instance, seed)
+    benchmark = _choose(BENCHMARKS, origin.benchmark, "benchmark")
+    if origin.source:
+        read = _choose(SOURCES, origin.source, "data source")
+        task = read(name, benchmark, origin.data_dir, rules.on_bad_instance, rules.seed)
     else:
-        task = read_cl_benchmark(
-            name,
-            root=resolve_data_dir(data_dir),
-            benchmark_folder=chosen.folder,
-            known=(),
-            splits=("test",),
-            on_bad_instance=on_bad_instance,
-            parent="CL_Benchmark_unseen",
-        )
+        folder = BenchmarkFolder(benchmark.folder, parent="CL_Benchmark_unseen", splits=("test",))
+        root = resolve_data_dir(origin.data_dir)
+        task = read_cl_benchmark(name, folder, root=root, on_bad_instance=rules.on_bad_instance)
     if not task.test:
         raise ValueError(f"{name}: its test split is empty. Fill it, or take the task out of config.eval.unseen_tasks.")
-    report_problems(task, on_bad_instance)
-    test = _sample(task.test, max_test, task_rng(seed, name, "test"))
-    metric, prompt = chosen.metric or task.metric, chosen.prompt or task.prompt
-    return dataclasses.replace(task, train=(), dev=(), test=test, metric=metric, prompt=prompt)
+    report_problems(task, rules.on_bad_instance)
+    test = _sample(task.test, rules.max_test, task_rng(rules.seed, name, "test"))
+    return dataclasses.replace(_of_benchmark(task, benchmark), train=(), dev=(), test=test)
+
+
+def _of_benchmark(task: Task, benchmark: Benchmark) -> Task:
+    """The task with the metric and the prompt that the benchmark sets."""
+    return dataclasses.replace(task, metric=benchmark.metric or task.metric, prompt=benchmark.prompt or task.prompt)

@@ -69,18 +69,12 @@ class EncodedSplit:
 
 
 def encode_split(
-    instances: Sequence[Instance],
-    *,
-    definition: str,
-    template: str,
-    tokenizer: Tokenizer,
-    rules: EncodingRules,
-    seed: int,
+    instances: Sequence[Instance], *, definition: str, template: str, tokenizer: Tokenizer, rules: EncodingRules
 ) -> EncodedSplit:
     """Tokenises instances in order; row i of the result is `instances[i]`.
 
-    A chat is written in the tokenizer's own template where it has one, any other input in `template`.
-    `seed` is used by `references="random"` alone. Errors name the instance's id.
+    A chat is written in the tokenizer's own template where it has one, any other input in `template`. Errors name the
+    instance's id.
     """
     sources, targets = [], []
     cut_sources = cut_targets = 0
@@ -91,7 +85,7 @@ def encode_split(
             else:
                 source, cut = encode_prompt(make_prompt(template, definition, instance.input), tokenizer, rules)
             cut_sources += cut
-            answer = choose_reference(instance, rules.references, seed)
+            answer = choose_reference(instance, rules.references, rules.seed)
             target, cut = encode_answer(answer, tokenizer, rules)
             cut_targets += cut
         except ValueError as error:

@@ -75,6 +75,7 @@ class EncodingRules:
       (the paper's code for LLaMA).
     references: which reference of several is trained on: "first", or "random", one draw for each instance,
       the same in every epoch (the paper's code).
+    seed: of "random" references.
     on_long_target: "cut" cuts and counts answers over the limit, "error" raises.
     """
 
@@ -85,6 +86,7 @@ class EncodingRules:
     truncation: str
     target_keeps_end: bool
     references: str
+    seed: int
     on_long_target: str
 
     def __post_init__(self):

@@ -5,10 +5,10 @@ import numpy as np
 
 from sapt_jax import sharding
 from sapt_jax.data.encoding import EncodedSplit
+from sapt_jax.data.pseudo_samples import pool_size
 from sapt_jax.data.stream import Stream
 from sapt_jax.methods.base import Samples
 from sapt_jax.passes import map_sources
-from sapt_jax.pseudo_samples.read import pool_size
 from sapt_jax.run import Run
 from sapt_jax.state import Tree
 
@@ -30,7 +30,7 @@ def samples(run: Run, base: Tree, pools: Pools, num_tasks: int) -> Samples | Non
         def of_batch(source: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
             return (run.programs.features(base, source, mask),)
 
-        return map_sources(of_batch, pool, run.layout)[0]
+        return map_sources(of_batch, pool, run.layout, run.mesh)[0]
 
     # A writer may have found no sample at all.
     filled = [index for index in range(num_tasks) if len(pools.get(index, ()))]

@@ -25,6 +25,7 @@ from sapt_jax.data.benchmarks import BENCHMARKS
 from sapt_jax.data.buckets import choose_buckets
 from sapt_jax.data.encoding import EncodedSplit, Ragged
 from sapt_jax.data.prompts import EncodingRules, encode_prompt, make_prompt
+from sapt_jax.data.pseudo_samples import encode_pseudo_samples, pool_size, read_pseudo_samples
 from sapt_jax.data.stream import EncodedTask, Stream, encoding_rules
 from sapt_jax.data.task import Task
 from sapt_jax.decoding.answers import Ends, Sampling, make_sample
@@ -34,7 +35,6 @@ from sapt_jax.methods.base import Seen
 from sapt_jax.passes import map_sources
 from sapt_jax.programs import make_apply, make_programs
 from sapt_jax.pseudo_samples import written_samples
-from sapt_jax.pseudo_samples.read import encode_pseudo_samples, pool_size, read_pseudo_samples
 from sapt_jax.pseudo_samples.written_samples import Collection
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen, Trainable
@@ -122,7 +122,7 @@ def _writer_stream(run: Run) -> Stream:
         target_multiple=config.data.source_multiple,
         prompt_length=0,
     )
-    return Stream(tasks, (), tuple(buckets), 0)
+    return dataclasses.replace(run.stream, tasks=tasks, unseen=(), buckets=tuple(buckets), prompt_length=0)
 
 
 def write_pool(run: Run, writer: Writer, trees: Trees, task_index: int) -> EncodedSplit:
@@ -182,7 +182,7 @@ def _collect(writer: Writer, trees: Trees, task_index: int, rules: EncodingRules
         def draw(source: jax.Array, mask: jax.Array, key: jax.Array = key) -> tuple[jax.Array, ...]:
             return (writer.sample(*trees, source, mask, at, key),)
 
-        (tokens,) = map_sources(draw, cues, run.layout)
+        (tokens,) = map_sources(draw, cues, run.layout, run.mesh)
         for row in tokens:
             collection.add(_judge(run, row, task.task, rules))
         if collection.full:

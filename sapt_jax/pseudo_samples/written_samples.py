@@ -14,8 +14,8 @@ from etils import epath
 
 from sapt_jax.data.encoding import EncodedSplit, Ragged
 from sapt_jax.data.prompts import EncodingRules, Prompt, Tokenizer, encode_answer, encode_prompt
+from sapt_jax.data.pseudo_samples import PseudoSamples
 from sapt_jax.data.task import Instance, Task
-from sapt_jax.pseudo_samples.read import PseudoSamples
 from sapt_jax.storage.paths import as_path
 
 CUE = "__gen__"

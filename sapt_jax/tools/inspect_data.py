@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sapt_jax.data.batching import eval_batches, steps_per_epoch, train_batches
+from sapt_jax.data.batching import Prefetch, Share, Steps, eval_batches, steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask, Stream
 from sapt_jax.pretrained.tokenizer import Tokenizer
 from sapt_jax.results.terminal import make_console
@@ -91,34 +91,21 @@ class PassReport:
     seconds: float
 
 
-def full_pass(stream: Stream, *, train_batch_size: int, eval_batch_size: int, padding_side: str) -> PassReport:
+def full_pass(stream: Stream, *, train_batch_size: int, eval_batch_size: int) -> PassReport:
     """Makes every batch of one epoch of every task and of its dev and test sets, and counts them.
 
     Of evaluation batches the sources alone count: decoding feeds no targets.
     """
     batches = rows = tokens = positions = 0
     start = time.perf_counter()
-    one_process = dict(padding_side=padding_side, pad_id=0, process_index=0, process_count=1)
+    whole, prefetch = Share(0, 1), Prefetch(threads=1, batches=4)
     for task in stream.tasks:
-        made = train_batches(
-            task.train,
-            stream.buckets,
-            batch_size=train_batch_size,
-            seed=0,
-            task_index=0,
-            start_step=0,
-            num_steps=steps_per_epoch(len(task.train), train_batch_size),
-            prefetch_threads=1,
-            prefetch_batches=4,
-            **one_process,
-        )
-        width = max(lt for _, lt in stream.buckets)
+        epoch = Steps(seed=0, task_index=0, start=0, stop=steps_per_epoch(len(task.train), train_batch_size))
+        made = train_batches(task.train, stream.layout(train_batch_size), epoch, whole, prefetch)
         evaluated = [
             {name: batch[name] for name in ("source", "source_mask")}
             for split in (task.dev, task.test)
-            for _, batch in eval_batches(
-                split, stream.buckets, batch_size=eval_batch_size, target_length=width, **one_process
-            )
+            for _, batch in eval_batches(split, stream.layout(eval_batch_size), whole)
         ]
         for batch in [*made, *evaluated]:
             masks = [array for name, array in batch.items() if name.endswith("mask")]
@@ -183,19 +170,14 @@ def _print_example(console: Console, task: EncodedTask, report: TaskReport, toke
 def inspect(config: Any, console: Console) -> tuple[list[TaskReport], PassReport]:
     """Prints the report of a run's config, and returns it. Raises what the run itself would raise."""
     start = time.perf_counter()
-    model, tokenizer, stream = read_inputs(config)
+    _, tokenizer, stream = read_inputs(config)
     seconds = time.perf_counter() - start
     occupancy = stream.occupancy(config.train.batch_size)
     reports = [report_task(task, *occupancy[task.name]) for task in stream.tasks]
     for task, report in zip(stream.tasks, reports, strict=True):
         _print_example(console, task, report, tokenizer)
     console.print(_table(reports))
-    whole = full_pass(
-        stream,
-        train_batch_size=config.train.batch_size,
-        eval_batch_size=config.eval.batch_size,
-        padding_side=model.padding_side,
-    )
+    whole = full_pass(stream, train_batch_size=config.train.batch_size, eval_batch_size=config.eval.batch_size)
     train_rows = sum(report.rows[0] for report in reports)
     padding = stream.padding(config.train.batch_size)
     console.print(f"{len(reports)} tasks, {train_rows} training rows, read and tokenised in {seconds:.1f} s")

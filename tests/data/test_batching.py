@@ -10,7 +10,9 @@ from sapt_jax.data import batching
 from sapt_jax.data.buckets import assign_buckets, check_buckets, choose_buckets, source_buckets
 from sapt_jax.data.encoding import EncodedSplit, Ragged
 
-TRAIN = dict(seed=3, task_index=1, padding_side="left", pad_id=0, prefetch_threads=2, prefetch_batches=4)
+
+def layout(buckets, batch_size=8, padding_side="left", pad_id=0):
+    return batching.Layout(buckets, batch_size, padding_side, pad_id)
 
 
 def random_split(rng, n, longest=(60, 12)) -> EncodedSplit:
@@ -39,18 +41,10 @@ def rows_of(batch, split) -> list[int]:
     ]
 
 
-def take(split, buckets, *, start=0, steps, batch_size=4, process=(0, 1), **changes):
+def take(split, buckets, *, start=0, steps, batch_size=4, process=(0, 1), threads=2):
+    own, share = batching.Steps(seed=3, task_index=1, start=start, stop=steps), batching.Share(*process)
     return list(
-        batching.train_batches(
-            split,
-            buckets,
-            batch_size=batch_size,
-            start_step=start,
-            num_steps=steps,
-            process_index=process[0],
-            process_count=process[1],
-            **{**TRAIN, **changes},
-        )
+        batching.train_batches(split, layout(buckets, batch_size), own, share, batching.Prefetch(threads, batches=4))
     )
 
 
@@ -69,7 +63,7 @@ def test_every_row_once_per_epoch_in_a_constant_number_of_batches(trial):
     split = random_split(rng, n)
     buckets = random_buckets(rng, split.lengths)
     for epoch in range(3):
-        plan = batching.epoch_plan(split.lengths, buckets, batch_size=batch_size, seed=trial, task_index=2, epoch=epoch)
+        plan = batching.epoch_plan(split.lengths, layout(buckets, batch_size), seed=trial, task_index=2, epoch=epoch)
         assert len(plan) == batching.steps_per_epoch(n, batch_size)
         rows = np.concatenate([rows for _, rows in plan])
         assert sorted(rows[rows != -1]) == list(range(n))
@@ -85,7 +79,7 @@ def test_epochs_tasks_and_seeds_shuffle_differently_and_the_same_key_alike():
     buckets = random_buckets(rng, split.lengths)
 
     def flat(**key):
-        plan = batching.epoch_plan(split.lengths, buckets, batch_size=8, **key)
+        plan = batching.epoch_plan(split.lengths, layout(buckets), **key)
         return tuple(np.concatenate([rows for _, rows in plan]).tolist())
 
     keys = [dict(seed=s, task_index=t, epoch=e) for s, t, e in itertools.product(range(2), repeat=3)]
@@ -99,7 +93,7 @@ def test_rows_within_a_bucket_change_company_between_epochs():
     buckets = check_buckets([(64, 12)])
 
     def companies(epoch):
-        plan = batching.epoch_plan(split.lengths, buckets, batch_size=8, seed=0, task_index=0, epoch=epoch)
+        plan = batching.epoch_plan(split.lengths, layout(buckets), seed=0, task_index=0, epoch=epoch)
         return {frozenset(rows.tolist()) for _, rows in plan}
 
     assert not companies(0) & companies(1)
@@ -111,10 +105,10 @@ def test_a_resumed_iterator_equals_the_uninterrupted_one(threads):
     split = random_split(rng, 37)
     buckets = random_buckets(rng, split.lengths)
     steps = 3 * batching.steps_per_epoch(37, 4) + 1
-    whole = take(split, buckets, steps=steps, prefetch_threads=threads)
+    whole = take(split, buckets, steps=steps, threads=threads)
     assert len(whole) == steps
     for start in (1, 10, steps - 1, steps):
-        assert_same(take(split, buckets, start=start, steps=steps, prefetch_threads=threads), whole[start:])
+        assert_same(take(split, buckets, start=start, steps=steps, threads=threads), whole[start:])
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -141,16 +135,7 @@ def test_evaluation_covers_a_split_once_over_all_processes(count):
     buckets = random_buckets(rng, split.lengths)
     seen = []
     for index in range(count):
-        for rows, batch in batching.eval_batches(
-            split,
-            buckets,
-            batch_size=6,
-            target_length=12,
-            padding_side="left",
-            pad_id=0,
-            process_index=index,
-            process_count=count,
-        ):
+        for rows, batch in batching.eval_batches(split, layout(buckets, 6), batching.Share(index, count)):
             assert rows_of(batch, split) == rows.tolist()
             assert batch["source"].shape[1] in {ls for ls, _ in buckets}
             assert batch["target"].shape == (6 // count, 12)
@@ -163,7 +148,7 @@ def test_masks_match_lengths_and_filler_is_masked_everywhere(side):
     rng = np.random.default_rng(17)
     split = random_split(rng, 10)
     rows = np.array([3, -1, 7])
-    batch = batching.make_batch(split, rows, (64, 16), padding_side=side, pad_id=-5)
+    batch = batching.make_batch(split, rows, (64, 16), layout([], padding_side=side, pad_id=-5))
     assert {name: array.dtype for name, array in batch.items()} == {
         "source": np.int32,
         "source_mask": bool,
@@ -181,16 +166,16 @@ def test_masks_match_lengths_and_filler_is_masked_everywhere(side):
             assert mask[i][-1 if padding == "left" else 0]
     with pytest.raises(ValueError, match="more than the batch's 1"):
         batching.make_batch(
-            split, np.array([int(split.sources.lengths.argmax())]), (1, 16), padding_side=side, pad_id=0
+            split, np.array([int(split.sources.lengths.argmax())]), (1, 16), layout([], padding_side=side)
         )
     with pytest.raises(ValueError, match="padding_side"):
-        batching.make_batch(split, rows, (64, 16), padding_side="middle", pad_id=0)
+        layout([], padding_side="middle")
 
 
 def test_positions_count_filler_and_padding():
     plan = [((4, 2), np.array([0, 1])), ((8, 3), np.array([2, -1]))]
     split = random_split(np.random.default_rng(21), 3, longest=(4, 2))
-    sizes = [batching.make_batch(split, rows, bucket, padding_side="left", pad_id=0) for bucket, rows in plan]
+    sizes = [batching.make_batch(split, rows, bucket, layout([])) for bucket, rows in plan]
     total = sum(batch["source"].size + batch["target"].size for batch in sizes)
     assert batching.count_positions(plan, 0) == total == 34
 
@@ -231,7 +216,7 @@ def test_buckets_leave_room_for_a_prompt():
     buckets = choose_buckets(lengths, max_buckets=4, source_multiple=16, target_multiple=4, prompt_length=10)
     assert all((source + 10) % 16 == 0 and target % 4 == 0 for source, target in buckets)
     assert (lengths.max(axis=0) <= np.array(buckets[-1])).all()
-    plan = batching.epoch_plan(lengths, buckets, batch_size=8, seed=0, task_index=0, epoch=0)
+    plan = batching.epoch_plan(lengths, layout(buckets), seed=0, task_index=0, epoch=0)
     rows = sum(len(own) for _, own in plan)
     assert batching.count_positions(plan, 10) == batching.count_positions(plan, 0) + 10 * rows
 

@@ -1,5 +1,6 @@
 """Reading tasks: every layout, every error, and the cuts."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 from sapt_jax.data import benchmarks
-from sapt_jax.data.benchmarks import cut_splits, load_task, load_unseen_task, resolve_task_order
-from tests.helpers.data_fakes import random_task
+from sapt_jax.data.benchmarks import Origin, cut_splits, load_task, load_unseen_task, resolve_task_order
+from tests.helpers.data_fakes import cuts, random_task
 from tests.helpers.paths import SHARED
 
 REAL = SHARED
@@ -16,17 +17,6 @@ needs_data = pytest.mark.skipif(
     not (REAL / "CL_Benchmark").is_dir(), reason=f"no CL_Benchmark under {REAL} (set SAPT_DATA_DIR)"
 )
 NAME = "task1572_samsum_summary"
-LOAD = dict(
-    benchmark="superni",
-    source="",
-    dev_size=2,
-    dev_is_test=False,
-    max_train=0,
-    max_dev=0,
-    max_test=0,
-    seed=0,
-    on_bad_instance="error",
-)
 
 
 def rows(n, start=0):
@@ -42,8 +32,9 @@ def write_benchmark(root, name=NAME, folder="SuperNI", train=None, test=None, de
     return task
 
 
-def load(root, name=NAME, **changes):
-    return load_task(name, data_dir=str(root), **{**LOAD, **changes})
+def load(root, name=NAME, benchmark="superni", source="", **changes):
+    data_dir = root if root is None else str(root)
+    return load_task(name, Origin(benchmark, source, data_dir), cuts(**{"dev_size": 2, **changes}))
 
 
 def test_reads_the_benchmark_layout_from_three_roots(tmp_path):
@@ -68,13 +59,13 @@ def test_output_may_be_a_string_or_a_list(tmp_path):
 def test_the_environment_names_the_data_folder(tmp_path, monkeypatch):
     write_benchmark(tmp_path)
     monkeypatch.setenv("SAPT_DATA_DIR", str(tmp_path))
-    assert load_task(NAME, data_dir="", **LOAD) == load(tmp_path)
+    assert load("") == load(tmp_path)
     monkeypatch.setenv("SAPT_DATA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist .SAPT_DATA_DIR names it"):
-        load_task(NAME, data_dir=None, **LOAD)
+        load(None)
     monkeypatch.delenv("SAPT_DATA_DIR")
     with pytest.raises(ValueError, match="config.data_dir or the environment variable SAPT_DATA_DIR"):
-        load_task(NAME, data_dir=None, **LOAD)
+        load(None)
 
 
 def test_missing_folders_splits_and_names_are_told_apart(tmp_path):
@@ -188,29 +179,29 @@ def test_cuts_are_disjoint_seeded_and_independent_of_the_sample_sizes(trial):
     rng = np.random.default_rng([51, trial])
     n, dev_size = int(rng.integers(10, 60)), int(rng.integers(1, 20))
     task = random_task(rng, "t", sizes=(n, 0, 12))
-    everything = dict(dev_size=dev_size, dev_is_test=False, max_train=0, max_dev=0, max_test=0, seed=trial)
-    cut = cut_splits(task, **everything)
+    everything = cuts(dev_size=dev_size, seed=trial)
+    cut = cut_splits(task, everything)
     assert len(cut.dev) == max(1, min(dev_size, n // 5))
     assert Counter(cut.train) + Counter(cut.dev) == Counter(task.train)
-    small = cut_splits(task, **{**everything, "max_train": 5, "max_dev": 1, "max_test": 3})
+    small = cut_splits(task, dataclasses.replace(everything, max_train=5, max_dev=1, max_test=3))
     assert set(small.train) <= set(cut.train) and len(small.train) == 5
     assert set(small.dev) <= set(cut.dev) and len(small.dev) == 1
     assert set(small.test) <= set(task.test) and len(small.test) == 3
-    assert cut == cut_splits(task, **everything)
-    assert cut.dev != cut_splits(task, **{**everything, "seed": trial + 100}).dev or len(cut.dev) == 1
+    assert cut == cut_splits(task, everything)
+    other = cut_splits(task, dataclasses.replace(everything, seed=trial + 100))
+    assert cut.dev != other.dev or len(cut.dev) == 1
 
 
 def test_dev_is_test_reproduces_the_papers_code_and_a_dev_of_its_own_is_kept():
     task = random_task(np.random.default_rng(52), "t", sizes=(20, 6, 9))
-    options = dict(dev_size=4, max_train=0, max_dev=0, max_test=0, seed=0)
-    own = cut_splits(task, dev_is_test=False, **options)
+    own = cut_splits(task, cuts(dev_size=4))
     assert (own.train, own.dev, own.test) == (task.train, task.dev, task.test)
-    same = cut_splits(task, dev_is_test=True, **options)
+    same = cut_splits(task, cuts(dev_size=4, dev_is_test=True))
     assert same.train == task.train and same.dev == same.test == task.test
     one = random_task(np.random.default_rng(52), "t", sizes=(1, 0, 9))
     with pytest.raises(ValueError, match="cannot cut dev from 1 training instance"):
-        cut_splits(one, dev_is_test=False, **options)
-    assert cut_splits(one, dev_is_test=False, **{**options, "dev_size": 0}).dev == ()
+        cut_splits(one, cuts(dev_size=4))
+    assert cut_splits(one, cuts(dev_size=0)).dev == ()
 
 
 # The paper's orders and categories; SuperNI's tasks by their numbers.
@@ -264,12 +255,12 @@ def test_unseen_tasks_have_a_test_split_only(tmp_path):
     folder = tmp_path / "CL_Benchmark_unseen" / "SuperNI" / "task9_new"
     folder.mkdir(parents=True)
     (folder / "test.json").write_text(json.dumps({"Definition": ["Do."], "Instances": rows(5)}))
-    options = dict(benchmark="superni", source="", data_dir=str(tmp_path), seed=0, on_bad_instance="error")
-    task = load_unseen_task("task9_new", max_test=3, **options)
+    origin = Origin("superni", "", str(tmp_path))
+    task = load_unseen_task("task9_new", origin, cuts(max_test=3))
     assert (task.train, task.dev, len(task.test)) == ((), (), 3)
     assert (task.metric, task.prompt, task.definition) == ("rouge_l", "superni", "Do.")
     with pytest.raises(ValueError, match="unknown task 'task9_ne'.*'task9_new'"):
-        load_unseen_task("task9_ne", max_test=0, **options)
+        load_unseen_task("task9_ne", origin, cuts())
 
 
 def test_unseen_tasks_come_from_the_configured_source(tmp_path):
@@ -277,15 +268,7 @@ def test_unseen_tasks_come_from_the_configured_source(tmp_path):
     for split, count in (("train", 4), ("test", 3)):
         lines = "".join(json.dumps(row) + "\n" for row in rows(count))
         (tmp_path / "own_task" / f"{split}.jsonl").write_text(lines)
-    task = load_unseen_task(
-        "own_task",
-        benchmark="own",
-        source="own",
-        data_dir=str(tmp_path),
-        max_test=0,
-        seed=0,
-        on_bad_instance="error",
-    )
+    task = load_unseen_task("own_task", Origin("own", "own", str(tmp_path)), cuts())
     assert (task.train, task.dev, len(task.test)) == ((), (), 3)
     assert (task.metric, task.prompt) == ("rouge_l", "plain")
 
@@ -310,9 +293,7 @@ def test_all_real_unseen_tasks_load():
     assert len(names) == 9
     assert not set(names) & set(benchmarks.BENCHMARKS["superni"].tasks)
     for name in names:
-        task = load_unseen_task(
-            name, benchmark="superni", source="", data_dir=str(REAL), max_test=0, seed=0, on_bad_instance="error"
-        )
+        task = load_unseen_task(name, Origin("superni", "", str(REAL)), cuts())
         assert len(task.test) == 100 and task.definition
 
 

@@ -40,9 +40,7 @@ def test_rows_and_counts_match_encoding_one_by_one(limits):
     tokenizer = WordTokenizer()
     task = random_task(rng, "t")
     own = rules(max_source_length=limits[0], max_target_length=limits[1])
-    split = encode_split(
-        task.train, definition=task.definition, template="superni", tokenizer=tokenizer, rules=own, seed=0
-    )
+    split = encode_split(task.train, definition=task.definition, template="superni", tokenizer=tokenizer, rules=own)
     sources = [encode_prompt(make_prompt("superni", task.definition, i.input), tokenizer, own) for i in task.train]
     targets = [encode_answer(i.outputs[0], tokenizer, own) for i in task.train]
     assert len(split) == len(task.train)
@@ -67,9 +65,7 @@ CHAT = Instance("c", "lines", ("12",), (("system", "Be kind."), ("user", "Hi")))
 
 
 def encode_one(instance, tokenizer, **options):
-    split = encode_split(
-        [instance], definition=" Do. ", template="plain", tokenizer=tokenizer, rules=rules(**options), seed=0
-    )
+    split = encode_split([instance], definition=" Do. ", template="plain", tokenizer=tokenizer, rules=rules(**options))
     return split.sources[0].tolist()
 
 
@@ -112,5 +108,4 @@ def test_errors_name_the_instance():
             template="plain",
             tokenizer=WordTokenizer(),
             rules=rules(max_target_length=2, on_long_target="error"),
-            seed=0,
         )

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from sapt_jax.data.benchmarks import SplitRules
 from sapt_jax.data.prompts import EncodingRules
 from sapt_jax.data.task import Instance, Task
 
@@ -47,9 +48,15 @@ def rules(**changes) -> EncodingRules:
         truncation="middle",
         target_keeps_end=True,
         references="first",
+        seed=0,
         on_long_target="cut",
     )
     return EncodingRules(**{**base, **changes})
+
+
+def cuts(**changes) -> SplitRules:
+    base = dict(dev_size=0, dev_is_test=False, max_train=0, max_dev=0, max_test=0, seed=0, on_bad_instance="error")
+    return SplitRules(**{**base, **changes})
 
 
 def random_task(rng: np.random.Generator, name: str, sizes=(20, 5, 7), longest: int = 30) -> Task:

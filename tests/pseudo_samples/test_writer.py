@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sapt_jax import continual
-from sapt_jax.pseudo_samples.read import read_pseudo_samples
+from sapt_jax.data.pseudo_samples import read_pseudo_samples
 from tests.helpers.run_files import assert_same_arrays, committed
 from tests.helpers.tiny import tiny_config, write_tasks
 

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from sapt_jax.data.pseudo_samples import PseudoSamples, read_pseudo_samples
 from sapt_jax.data.task import Instance, Task
 from sapt_jax.pseudo_samples import written_samples
-from sapt_jax.pseudo_samples.read import PseudoSamples, read_pseudo_samples
 from sapt_jax.pseudo_samples.written_samples import Collection, Sample, read_sample, write_sample
 from tests.helpers.data_fakes import WordTokenizer, random_task, rules
 

@@ -6,6 +6,7 @@ natural-instructions: one such object for the whole task, `tasks/{task}.json`, c
 test.
 """
 
+import dataclasses
 import difflib
 import math
 import zlib
@@ -57,37 +58,43 @@ def instances_of(data: Any, file: Path, **options) -> tuple[Instance, ...]:
     return read_instances(entries, **options)
 
 
-def read_cl_benchmark(
-    name: str,
-    *,
-    root: Path,
-    benchmark_folder: str,
-    known: Sequence[str],
-    on_bad_instance: str,
-    parent="CL_Benchmark",
-    splits: Sequence[str] = ("train", "test"),
-) -> Task:
+@dataclasses.dataclass(frozen=True)
+class BenchmarkFolder:
+    """A folder in the CL_Benchmark layout.
+
+    Attributes:
+      name: its name, as "SuperNI".
+      known: names of the benchmark's tasks, for the error about an unknown name.
+      parent: the folder that it is published in.
+      splits: files of every task. A dev.json is never read: in the published data it equals test.json.
+    """
+
+    name: str
+    known: Sequence[str] = ()
+    parent: str = "CL_Benchmark"
+    splits: Sequence[str] = ("train", "test")
+
+
+def read_cl_benchmark(name: str, benchmark: BenchmarkFolder, *, root: Path, on_bad_instance: str) -> Task:
     """Reads one task of a folder in the CL_Benchmark layout; dev is left empty.
 
-    Args:
-      root: the folder that holds `{parent}/{benchmark_folder}`, or `{benchmark_folder}`, or the task folders.
-      known: names of the benchmark's tasks, for the error about an unknown name.
-      splits: files that must be there. A dev.json is never read: in the published data it equals test.json.
+    `root` is the folder that holds `{parent}/{folder}`, or `{folder}`, or the task folders.
     """
-    here = [""] if root.name == benchmark_folder else []
-    folder = find_folder(root, [f"{parent}/{benchmark_folder}", benchmark_folder, *here], f"{benchmark_folder} data")
+    here = [""] if root.name == benchmark.name else []
+    candidates = [f"{benchmark.parent}/{benchmark.name}", benchmark.name, *here]
+    folder = find_folder(root, candidates, f"{benchmark.name} data")
     if not (folder / name).is_dir():
         present = [path.name for path in folder.iterdir() if path.is_dir()]
-        if name in known:
+        if name in benchmark.known:
             raise FileNotFoundError(f"{folder / name}: the folder of this task is missing. Tasks there: {present}.")
-        raise ValueError(f"unknown task {name!r} in {folder}. {nearest_name(name, [*known, *present])}")
+        raise ValueError(f"unknown task {name!r} in {folder}. {nearest_name(name, [*benchmark.known, *present])}")
     problems: list[str] = []
     instances: dict[str, tuple[Instance, ...]] = {}
     definition = ""
-    for split in splits:
+    for split in benchmark.splits:
         file = folder / name / f"{split}.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: task {name!r} needs {' and '.join(splits)}.")
+            raise FileNotFoundError(f"{file} is missing: task {name!r} needs {' and '.join(benchmark.splits)}.")
         data = read_json(file)
         instances[split] = instances_of(
             data, file, prefix=f"{name}-{split}", on_bad_instance=on_bad_instance, problems=problems

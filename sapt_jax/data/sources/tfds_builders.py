@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import app, flags
 
-from sapt_jax.data.sources.task_files import find_folder, nearest_name, read_cl_benchmark
+from sapt_jax.data.sources.task_files import BenchmarkFolder, find_folder, nearest_name, read_cl_benchmark
 from sapt_jax.data.task import Instance, Task, read_instances
 
 # (train, test) as published with the SAPT paper.
@@ -75,9 +75,8 @@ class _BenchmarkBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         # Faulty rows are stored as they are: the setting of the run that reads them decides.
         task = read_cl_benchmark(
             self.builder_config.name,
+            BenchmarkFolder(self.FOLDER),
             root=Path(dl_manager.manual_dir),
-            benchmark_folder=self.FOLDER,
-            known=(),
             on_bad_instance="keep",
         )
         self.info.metadata.update(definition=task.definition, labels=list(task.labels))

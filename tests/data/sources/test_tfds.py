@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from sapt_jax.data.benchmarks import load_task
+from sapt_jax.data.benchmarks import Origin, load_task
 from sapt_jax.data.sources.tfds_builders import prepare
 from sapt_jax.data.sources.tfds_public import PUBLIC_TASKS
+from tests.helpers.data_fakes import cuts
 
-LOAD = dict(dev_size=0, dev_is_test=False, max_train=0, max_dev=0, max_test=0, seed=0, on_bad_instance="error")
+
+def load(name, root, benchmark="long_sequence", source="tfds_public", **changes):
+    return load_task(name, Origin(benchmark, source, str(root)), cuts(**changes))
 
 
 def write_benchmark(root, folder, name, train, test):
@@ -31,25 +34,23 @@ def test_a_prepared_task_equals_its_source(tmp_path, benchmark, folder, name):
     train = [{"input": f"in é\n{i}", "output": ["x", "y"] if i % 3 else f"z{i}"} for i in range(11)]
     test = [{"input": "t", "output": "u", "id": "my-id"}]
     write_benchmark(tmp_path, folder, name, train, test)
-    options = dict(benchmark=benchmark, data_dir=str(tmp_path), **LOAD)
     with pytest.raises(FileNotFoundError, match="no prepared dataset there. Prepare it with"):
-        load_task(name, source="tfds", **options)
+        load(name, tmp_path, benchmark, "tfds")
     for _ in range(2):
         assert prepare(folder, name, source_dir=tmp_path, tfds_dir=tmp_path / "tfds") == {"train": 11, "test": 1}
-    assert load_task(name, source="tfds", **options) == load_task(name, source="cl_benchmark", **options)
+    assert load(name, tmp_path, benchmark, "tfds") == load(name, tmp_path, benchmark, "cl_benchmark")
     assert "tensorflow" not in sys.modules
     with pytest.raises(ValueError, match="unknown task"):
-        load_task("other", source="tfds", **options)
+        load("other", tmp_path, benchmark, "tfds")
 
 
 def test_faulty_rows_are_prepared_and_left_to_the_runs_setting(tmp_path):
     rows = [{"input": "a", "output": "b"}, {"input": "c", "output": ""}]
     write_benchmark(tmp_path, "Long_Sequence", "cb", rows, rows[:1])
     prepare("Long_Sequence", "cb", source_dir=tmp_path, tfds_dir=tmp_path / "tfds")
-    options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds", **LOAD)
     with pytest.raises(ValueError, match="train row 1 has an empty output"):
-        load_task("cb", **options)
-    assert len(load_task("cb", **{**options, "on_bad_instance": "skip"}).train) == 1
+        load("cb", tmp_path, source="tfds")
+    assert len(load("cb", tmp_path, source="tfds", on_bad_instance="skip").train) == 1
 
 
 ENTAILMENT = {"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"}
@@ -127,8 +128,7 @@ def test_public_rows_take_the_form_of_the_benchmark(tmp_path, name):
     dataset, test_split, answers, row, text = PUBLIC[name]
     every = [(row, label) for label in range(len(answers))]
     write_fake(tmp_path, dataset, list(answers), {"train": every, test_split: every[:1], "unused": every})
-    options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds_public", **LOAD)
-    task = load_task(name, **options)
+    task = load(name, tmp_path)
     assert {instance.input for instance in task.train} == {text}
     # Samples are shuffled; the test row has the first label.
     assert sorted(i.outputs[0] for i in task.train) == sorted(answers.values())
@@ -141,23 +141,21 @@ def test_public_samples_are_seeded_and_have_the_published_size(tmp_path):
     rows = [({"premise": f"P{i}", "hypothesis": "H"}, i % 3) for i in range(400)]
     labels = ["entailment", "contradiction", "neutral"]
     write_fake(tmp_path, "super_glue/cb", labels, {"train": rows, "validation": rows[:60]})
-    options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds_public")
-    task = load_task("cb", **options, **LOAD)
+    task = load("cb", tmp_path)
     assert (len(task.train), len(task.test)) == (250, 56)
-    assert task == load_task("cb", **options, **LOAD)
-    other = load_task("cb", **options, **{**LOAD, "seed": 1})
+    assert task == load("cb", tmp_path)
+    other = load("cb", tmp_path, seed=1)
     assert {i.input for i in task.train} != {i.input for i in other.train}
     index = {f"sentence 1: {row['premise']}\nsentence 2: H": labels[label] for row, label in rows}
     assert all(index[instance.input] == instance.outputs[0] for instance in task.train)
 
 
 def test_public_faults_say_what_to_do(tmp_path):
-    options = dict(benchmark="long_sequence", data_dir=str(tmp_path), source="tfds_public", **LOAD)
     with pytest.raises(ValueError, match="TFDS holds no task 'yelp'"):
-        load_task("yelp", **options)
+        load("yelp", tmp_path)
     with pytest.raises(FileNotFoundError, match="tfds build glue/sst2 --file_format=array_record"):
-        load_task("sst2", **options)
+        load("sst2", tmp_path)
     rows = [({"sentence": "S"}, 0), ({"sentence": "S"}, -1)]
     write_fake(tmp_path, "glue/sst2", ["negative", "positive"], {"train": rows, "validation": rows[:1]})
     with pytest.raises(ValueError, match="train row 1 has an empty output"):
-        load_task("sst2", **options)
+        load("sst2", tmp_path)

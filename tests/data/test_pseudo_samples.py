@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sapt_jax.data.encoding import encode_split
-from sapt_jax.pseudo_samples.read import (
+from sapt_jax.data.pseudo_samples import (
+    PoolOrigin,
     encode_pseudo_samples,
     find_pseudo_dir,
     load_pseudo_samples,
@@ -23,7 +24,7 @@ def write_pool(folder, name, inputs, definition=("Do  it .",)):
 
 def load(task, **changes):
     base = dict(source="train", folder=None, share=0.02, minimum=3, seed=0)
-    return load_pseudo_samples(task, **{**base, **changes})
+    return load_pseudo_samples(task, PoolOrigin(**{**base, **changes}))
 
 
 def test_files_carry_their_generated_definition_and_empty_outputs(tmp_path):
@@ -35,7 +36,7 @@ def test_files_carry_their_generated_definition_and_empty_outputs(tmp_path):
     tokenizer = WordTokenizer()
     encoded = encode_pseudo_samples(pool, template="superni", tokenizer=tokenizer, rules=rules())
     as_data = encode_split(
-        pool.instances, definition="Do  it .", template="superni", tokenizer=tokenizer, rules=rules(), seed=5
+        pool.instances, definition="Do  it .", template="superni", tokenizer=tokenizer, rules=rules(seed=5)
     )
     np.testing.assert_array_equal(encoded.sources.ids, as_data.sources.ids)
     assert [encoded.targets[i].tolist() for i in range(2)] == [[tokenizer.eos_id]] * 2

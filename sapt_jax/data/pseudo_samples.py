@@ -64,25 +64,36 @@ def sample_train_inputs(task: Task, *, share: float, minimum: int, seed: int) ->
     return PseudoSamples(task.definition, tuple(task.train[i] for i in chosen))
 
 
-def load_pseudo_samples(
-    task: Task, *, source: str, folder: Path | None, share: float, minimum: int, seed: int
-) -> PseudoSamples | None:
-    """Returns the task's pool, or None for the sources "none" and "generate" (written only after the task).
+@dataclasses.dataclass(frozen=True)
+class PoolOrigin:
+    """Where the pools of a run come from.
 
-    Args:
-      source: "files" reads `folder` (`{pseudo_dir}/{benchmark folder}`); "train" samples real training
-        inputs.
-      share, minimum, seed: of source "train", see `sample_train_inputs`.
+    Attributes:
+      source: one of `PSEUDO_SOURCES`.
+      folder: `{pseudo_dir}/{benchmark folder}`, which the source "files" reads; else None.
+      share, minimum, seed: of the source "train", which takes real training inputs, see `sample_train_inputs`.
     """
-    if source not in PSEUDO_SOURCES:
-        raise ValueError(f"pseudo_samples.source must be one of {PSEUDO_SOURCES}, not {source!r}.")
-    if source in ("none", "generate"):
-        return None
-    if source == "train":
-        return sample_train_inputs(task, share=share, minimum=minimum, seed=seed)
-    if folder is None:
-        raise ValueError('pseudo_samples.source="files" needs a folder: set config.pseudo_samples.dir.')
-    return read_pseudo_samples(folder, task.name)
+
+    source: str
+    folder: Path | None
+    share: float
+    minimum: int
+    seed: int
+
+    def __post_init__(self):
+        if self.source not in PSEUDO_SOURCES:
+            raise ValueError(f"pseudo_samples.source must be one of {PSEUDO_SOURCES}, not {self.source!r}.")
+        if self.source == "files" and self.folder is None:
+            raise ValueError('pseudo_samples.source="files" needs a folder: set config.pseudo_samples.dir.')
+
+
+def load_pseudo_samples(task: Task, origin: PoolOrigin) -> PseudoSamples | None:
+    """The task's pool, or None for the sources "none" and "generate" (written only after the task)."""
+    if origin.source == "files":
+        return read_pseudo_samples(origin.folder, task.name)
+    if origin.source == "train":
+        return sample_train_inputs(task, share=origin.share, minimum=origin.minimum, seed=origin.seed)
+    return None
 
 
 def encode_pseudo_samples(
@@ -91,10 +102,5 @@ def encode_pseudo_samples(
     """Tokenises a pool with the same template and rules as real data. The reflection loss reads `.sources` alone."""
     first_answer = dataclasses.replace(rules, references="first", on_long_target="cut")
     return encode_split(
-        samples.instances,
-        definition=samples.definition,
-        template=template,
-        tokenizer=tokenizer,
-        rules=first_answer,
-        seed=0,
+        samples.instances, definition=samples.definition, template=template, tokenizer=tokenizer, rules=first_answer
     )
