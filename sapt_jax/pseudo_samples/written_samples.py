@@ -142,7 +142,7 @@ def distinct_share(texts: Sequence[str], n: int) -> float:
 
 
 def pool_json(pool: PseudoSamples) -> str:
-    """A pool in the layout of generated_data, as `pseudo_samples.read_pseudo_samples` reads it."""
+    """A pool in the layout of generated_data, as `data.pseudo_samples.read_pseudo_samples` reads it."""
     data = {
         "Definition": [pool.definition],
         "Positive Examples": [],
