@@ -137,6 +137,7 @@ def make_train_step(
     def step(
         frozen: Frozen, state: TrainState, batch: Batch, samples: Samples | None, task: Task
     ) -> tuple[TrainState, Logs]:
+        task = task.replace(step=state.step)
         loss_key, penalty_key = jax.random.split(rng(config.seed, "step", task.index, state.step))
         tokens = jnp.maximum(batch["target_mask"].sum(), 1)
 

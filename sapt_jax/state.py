@@ -137,12 +137,14 @@ class Task(struct.PyTreeNode):
       slot: [] the slot that it trains.
       steps: [] its number of updates; 0 where nothing is trained.
       rows: [] or [B] the slot of the task that each row of the batch is of, for methods that are told; else None.
+      step: [] updates of the task done before, inside a training step; else None.
     """
 
     index: jax.Array
     slot: jax.Array
     steps: jax.Array
     rows: jax.Array | None = None
+    step: jax.Array | None = None
 
 
 def abstract(leaves: Tree) -> Tree:

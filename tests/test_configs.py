@@ -157,6 +157,7 @@ def test_one_argument_brings_the_released_protocol_back(name):
     expected = {
         "data.dev_is_test": True,
         "sapt.pool_padding": True,
+        "sapt.reflect_in_first_update": False,
         "data.truncation": "end",
         "data.references": "random",
         "eval.references": "random",

@@ -47,6 +47,9 @@ class Sapt(Method):
         2.0, "Weight of the mean KL of each earlier task, summed over tasks; 0 turns reflection off.", NOT_NEGATIVE
     )
     reflection_batch: int = setting(8, "Pseudo-samples of every earlier task that a step draws.", POSITIVE)
+    reflect_in_first_update: bool = setting(
+        True, "A task's first update has the reflection loss too; the released code leaves it out.", protocol=True
+    )
     warm_start_steps: int = setting(
         0, "Updates of key and query projection alone before a task's first step; not in the paper.", NOT_NEGATIVE
     )
@@ -142,7 +145,7 @@ class Sapt(Method):
     def penalty(
         self, rng: jax.Array, frozen: Frozen, trainable: Trainable, samples: Samples | None, task: Task
     ) -> tuple[jax.Array, Logs]:
-        """kl_ratio times the reflection loss over drawn pseudo-samples."""
+        """kl_ratio times the reflection loss over drawn pseudo-samples; without `task.step`, as after the first."""
         if samples is None:
             raise ValueError("the reflection loss needs pseudo-samples")
         capacity, size = samples.features.shape[:2]
@@ -155,7 +158,10 @@ class Sapt(Method):
         targets = targets / jnp.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
         current = self.log_weights(frozen, trainable, features, task)
         total, by_task = reflection_loss(targets, current, valid, task.slot)
-        return self.kl_ratio * total, {"reflection_loss": total, "reflection_by_task": by_task}
+        loss = self.kl_ratio * total
+        if not self.reflect_in_first_update and task.step is not None:
+            loss = loss * (task.step > 0)
+        return loss, {"reflection_loss": total, "reflection_by_task": by_task}
 
     def measure(self, apply: Apply, frozen: Frozen, trainable: Trainable, batch: Batch, task: Task) -> Tree:
         """The attention of a batch's inputs, summed over rows, and their number."""

@@ -1,5 +1,7 @@
 """What SAPT decides beyond the step: the warm start of the attention, and reflection on a withdrawn slot."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,22 @@ def test_what_was_recorded_on_a_withdrawn_slot_goes_to_the_others():
     np.testing.assert_allclose(loss, again, rtol=1e-6)
     assert np.isfinite(loss) and loss > 0
     np.testing.assert_allclose(logged["reflection_loss"] * 2.0, loss, rtol=1e-6)
+
+
+def test_the_first_update_may_go_without_reflection():
+    method, frozen, second, samples, _, _ = two_tasks(5)
+    late = dataclasses.replace(method, reflect_in_first_update=False)
+
+    def gradient(method, step):
+        task = at(1).replace(step=step)
+        return jax.grad(lambda t: method.penalty(jax.random.key(3), frozen, t, samples, task)[0])(second)
+
+    whole = gradient(method, jnp.int32(0))
+    assert np.any(whole.selector["key"])
+    assert not any(np.any(x) for x in jax.tree.leaves(gradient(late, jnp.int32(0))))
+    # Where no update is counted, as in the warm start, nothing is left out.
+    for step in (jnp.int32(1), None):
+        jax.tree.map(np.testing.assert_array_equal, gradient(late, step), whole)
 
 
 def test_the_reflection_target_is_the_mean_attention_of_real_rows():
