@@ -134,7 +134,11 @@ _TRAIN = {
     ),
 }
 _OPTIMIZER = {
-    "name": Setting("adamw", "Any optimizer of optax."),
+    "name": Setting(
+        "adamw",
+        "Any optimizer of optax; hf_adamw is the released code's, with epsilon before the bias correction.",
+        protocol=True,
+    ),
     "options": Setting((("weight_decay", 0.0),), "(name, value) of its other arguments; else optax's own defaults."),
     "learning_rate": Setting(3e-4, "At its peak.", NOT_NEGATIVE),
     "rates": Setting(

@@ -1,6 +1,7 @@
-"""Any optimizer of optax by its name, rates by regular expressions over leaf paths, and the learning-rate schedule."""
+"""An optimizer of optax, or the released code's, by its name; rates by expressions over leaf paths; the schedule."""
 
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,13 +24,13 @@ def leaf_path(path: tuple) -> str:
 def make_optimizer(
     name: str, options: Mapping[str, Any], learning_rate: float, rates: Rates, max_grad_norm: float
 ) -> optax.GradientTransformation:
-    """An optimizer of optax at peak learning rates, under clipping by the global norm.
+    """An optimizer at peak learning rates, under clipping by the global norm.
 
     The schedule is not part of it: tasks differ in their number of steps and share one compiled step, which scales the
     updates by `schedule_factor`.
 
     Args:
-      name: a function of optax that takes a learning rate, such as "adamw" or "adafactor".
+      name: "hf_adamw", or a function of optax that takes a learning rate, such as "adamw" or "adafactor".
       options: its other arguments, by their names there.
       rates: the first whose expression matches a leaf's whole path says its factor; every leaf needs one.
 
@@ -83,14 +84,46 @@ def check_rates(rates: Rates) -> None:
         )
 
 
+def hf_adamw(
+    learning_rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW as transformers 4.30 has it: epsilon is added to the root of the second moment before its correction.
+
+    In the first updates it so counts 1 / sqrt(1 - b2 ** t) times as much as in optax.adamw. Weights decay after the
+    update, by learning_rate * weight_decay.
+    """
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any) -> tuple[Any, optax.ScaleByAdamState]:
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        # 1 - b ** t, in float32 without the cancellation that costs five digits of b2's.
+        first, second = (-jnp.expm1(count * math.log(decay)) for decay in (b1, b2))
+        rate = learning_rate * jnp.sqrt(second) / first
+        updates = jax.tree.map(lambda m, v: -rate * m / (jnp.sqrt(v) + eps), mu, nu)
+        if weight_decay:
+            decay = learning_rate * weight_decay
+            updates = jax.tree.map(lambda update, weight: update - decay * (weight + update), updates, params)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
+
+
+# By name, beside those of optax.
+_OWN = {"hf_adamw": hf_adamw}
+
+
 def _find(name: str, options: Mapping[str, Any]) -> Any:
-    function = getattr(optax, name, None)
+    function = _OWN.get(name) or getattr(optax, name, None)
     known = inspect.signature(function).parameters if callable(function) else {}
     if "learning_rate" not in known:
-        raise ValueError(f"config.optimizer.name={name!r} is no optimizer of optax: choose one, such as adamw or sgd.")
+        raise ValueError(
+            f"config.optimizer.name={name!r} is no optimizer of optax: choose one, such as adamw or sgd, "
+            f"or {', '.join(_OWN)}."
+        )
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
-            f"config.optimizer.options: optax.{name} takes no {', '.join(unknown)}; it takes "
+            f"config.optimizer.options: {name} takes no {', '.join(unknown)}; it takes "
             f"{', '.join(option for option in known if option != 'learning_rate')}."
         )
     return lambda rate: function(learning_rate=rate, **options)

@@ -158,6 +158,7 @@ def test_one_argument_brings_the_released_protocol_back(name):
         "data.dev_is_test": True,
         "sapt.pool_padding": True,
         "sapt.reflect_in_first_update": False,
+        "optimizer.name": "hf_adamw",
         "data.truncation": "end",
         "data.references": "random",
         "eval.references": "random",

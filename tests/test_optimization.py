@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from sapt_jax.optimization import check_rates, make_optimizer, schedule_factor
+from sapt_jax.optimization import check_rates, hf_adamw, make_optimizer, schedule_factor
 from sapt_jax.state import Trainable
 
 RATES = ((r"slot/.*", 1.0), (r"selector/key", 5.0), (r"selector/query_projection/.*", 0.3))
@@ -77,6 +77,33 @@ def test_equals_torch_adamw_with_groups_clipping_and_schedule(rates):
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_hf_adamw_adds_epsilon_before_the_bias_correction(weight_decay):
+    """Against the algorithm of transformers 4.30 in float64, at an epsilon as large as the gradients."""
+    b1, b2, eps, rate = 0.9, 0.999, 1e-2, 0.01
+    optimizer = hf_adamw(rate, b1, b2, eps, weight_decay)
+    tree = draw(0)
+    state, plain = optimizer.init(tree), optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+    first, second = ([np.zeros_like(x) for x in leaves] for _ in range(2))
+    for number in range(1, 8):
+        grads = draw(number, scale=1e-2)
+        if number == 1:
+            other = optax.apply_updates(tree, plain.update(grads, plain.init(tree), tree)[0])
+        tree, state = step(optimizer, tree, state, grads)
+        for place, grad in enumerate(np.asarray(x, np.float64) for x in jax.tree.leaves(grads)):
+            first[place] = b1 * first[place] + (1 - b1) * grad
+            second[place] = b2 * second[place] + (1 - b2) * grad**2
+            size = rate * math.sqrt(1 - b2**number) / (1 - b1**number)
+            leaves[place] = leaves[place] - size * first[place] / (np.sqrt(second[place]) + eps)
+            leaves[place] = leaves[place] - rate * weight_decay * leaves[place]
+        for ours, theirs in zip(jax.tree.leaves(tree), leaves, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+        if number == 1:
+            # It is another optimizer than optax's.
+            assert max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(other), leaves, strict=True)) > 1e-3
+
+
 def changed_parts(rates, seed=1):
     optimizer, tree = adamw(rates), draw(0)
     new, _ = step(optimizer, tree, optimizer.init(tree), draw(seed))
@@ -127,7 +154,7 @@ def test_any_optimizer_of_optax_by_its_name(name):
     [
         ("adamv", {}, "config.optimizer.name='adamv' is no optimizer of optax"),
         ("apply_updates", {}, "is no optimizer of optax"),
-        ("sgd", {"b1": 0.9}, "config.optimizer.options: optax.sgd takes no b1; it takes momentum"),
+        ("sgd", {"b1": 0.9}, "config.optimizer.options: sgd takes no b1; it takes momentum"),
     ],
 )
 def test_an_unknown_optimizer_or_option_is_an_error(name, options, message):
