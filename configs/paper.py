@@ -48,12 +48,15 @@ def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
     The released code picks the best checkpoint on the test set, pools over padding, cuts the end of a long prompt and
     with it "Output: ", draws one of several references for training and scoring alike, keeps rows without an answer,
     gives LLaMA no beginning token and may cut its end token, passes no gradient through earlier blocks, leaves the
-    reflection loss out of a task's first update, and corrects the bias of AdamW's moments after epsilon is added.
+    reflection loss out of a task's first update, and corrects the bias of AdamW's moments after epsilon is added. It
+    evaluates at whole periods alone, not at a task's end, and keeps the first of the checkpoints that score best.
     """
     if protocol == "released":
         is_llama = c.pseudo_samples.dir.endswith("_llama")
         c.data.dev_is_test = True
         c.sapt.pool_padding = True
+        c.train.evaluate_at_end = False
+        c.train.best_of_equals = "first"
         c.optimizer.name = "hf_adamw"
         c.sapt.reflect_in_first_update = False
         c.data.truncation = "end"

@@ -126,6 +126,15 @@ _TRAIN = {
     "batch_size": Setting(32, "Rows of one update, over all devices.", POSITIVE),
     "accumulation": Setting(1, "Micro-batches that it is split into.", POSITIVE),
     "eval_every_epochs": Setting(5, "Between evaluations on dev.", POSITIVE),
+    "evaluate_at_end": Setting(
+        True, "And after a task's last update; the released code leaves that out.", protocol=True
+    ),
+    "best_of_equals": Setting(
+        "last",
+        'Which of the checkpoints that score best on dev is kept; "first" is the released code\'s.',
+        choices=("last", "first"),
+        protocol=True,
+    ),
     "patience": Setting(0, "Evaluations without a better score before a task ends; 0 never ends early.", NOT_NEGATIVE),
     "log_every_steps": Setting(10, "Steps of an interval of the curves.", POSITIVE, free=True),
     "checkpoint_every_steps": Setting(500, "Besides at every evaluation; 0 is never.", NOT_NEGATIVE, free=True),

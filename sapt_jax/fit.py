@@ -42,7 +42,7 @@ def fit(
       samples: of earlier tasks, for a method that wants them.
 
     Returns:
-      The tree that scored best on dev (the last of equals), or the last one where there is no dev split.
+      The tree that scored best on dev, or the last one where nothing was evaluated.
 
     Raises:
       PreemptedError: the run was asked to stop; the step it stands at is saved.
@@ -66,18 +66,19 @@ def fit(
             step = loop.step + 1
             curves.add(step, metrics)
             loop = dataclasses.replace(loop, step=step, finished=step == steps)
-            evaluate = loop.finished or step % (config.train.eval_every_epochs * per_epoch) == 0
+            whole_period = step % (config.train.eval_every_epochs * per_epoch) == 0
+            evaluate = whole_period or (loop.finished and config.train.evaluate_at_end)
             if evaluate and len(task.dev):
                 score = dev_score(run, (frozen, state.trainable), task, at)
-                loop = _after_evaluation(loop, score, config.train.patience)
+                loop = _after_evaluation(loop, score, config.train)
                 run.log.log("dev", task_index=task_index, task=task.name, step=step, score=score, best=loop.best_score)
             if loop.best_step == step:
                 best = jax.tree.map(jnp.copy, state.trainable)
-            elif not len(task.dev):
+            elif loop.best_score is None:
                 best = state.trainable
             stops = preemption.requested()
             every = config.train.checkpoint_every_steps
-            if evaluate or stops or (every and step % every == 0):
+            if evaluate or loop.finished or stops or (every and step % every == 0):
                 # A run that goes on from here finds its curves up to here, and nothing that is not finite is saved.
                 curves.flush()
                 checkpoints.save(state, best, loop)
@@ -100,12 +101,14 @@ def _open(run: Run, checkpoints: TaskCheckpoints, begin: Callable[[], Trainable]
     return state, jax.tree.map(jnp.copy, state.trainable), Loop(buckets=run.stream.buckets)
 
 
-def _after_evaluation(loop: Loop, score: float, patience: int) -> Loop:
+def _after_evaluation(loop: Loop, score: float, options: Any) -> Loop:
+    """Where the loop stands after an evaluation. `options` are those of config.train."""
     better = loop.best_score is None or score > loop.best_score
     stale = 0 if better else loop.stale + 1
-    best_step = loop.step if better or score == loop.best_score else loop.best_step
+    equal = score == loop.best_score and options.best_of_equals == "last"
+    best_step = loop.step if better or equal else loop.best_step
     best_score = score if better else loop.best_score
-    finished = loop.finished or bool(patience and stale >= patience)
+    finished = loop.finished or bool(options.patience and stale >= options.patience)
     return dataclasses.replace(loop, best_step=best_step, best_score=best_score, stale=stale, finished=finished)
 
 

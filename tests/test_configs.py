@@ -159,6 +159,8 @@ def test_one_argument_brings_the_released_protocol_back(name):
         "sapt.pool_padding": True,
         "sapt.reflect_in_first_update": False,
         "optimizer.name": "hf_adamw",
+        "train.evaluate_at_end": False,
+        "train.best_of_equals": "first",
         "data.truncation": "end",
         "data.references": "random",
         "eval.references": "random",

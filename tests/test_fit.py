@@ -6,6 +6,7 @@ import logging
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from sapt_jax import continual
 from sapt_jax import fit as fit_module
@@ -25,18 +26,19 @@ def test_steps_of_a_task(tmp_path):
     assert total_steps(config, 17) == 5
 
 
-def evaluations(scores, patience):
-    loop = Loop()
+def evaluations(scores, patience, best_of_equals="last"):
+    loop, options = Loop(), ConfigDict({"patience": patience, "best_of_equals": best_of_equals})
     for number, score in enumerate(scores, 1):
-        loop = _after_evaluation(Loop(number, loop.best_step, loop.best_score, loop.stale), score, patience)
+        loop = _after_evaluation(Loop(number, loop.best_step, loop.best_score, loop.stale), score, options)
         if loop.finished:
             break
     return loop
 
 
-def test_best_is_the_last_of_equals_and_patience_counts_evaluations_without_gain():
+def test_best_is_the_last_of_equals_or_the_first_and_patience_counts_evaluations_without_gain():
     assert evaluations([1.0, 3.0, 2.0], 0) == Loop(3, 2, 3.0, 1, False)
     assert evaluations([1.0, 3.0, 3.0], 0) == Loop(3, 3, 3.0, 1, False)
+    assert evaluations([1.0, 3.0, 3.0, 2.0], 0, "first") == Loop(4, 2, 3.0, 2, False)
     assert evaluations([3.0, 2.0, 1.0, 9.0], 2) == Loop(3, 1, 3.0, 2, True)
 
 
@@ -50,6 +52,27 @@ def test_early_stop_keeps_the_best_and_logs_every_interval(tmp_path):
     trained = [record for record in records if record["kind"] == "train"]
     assert [record["step"] for record in trained] == [2, 3, 4]
     assert all(np.isfinite(record["loss"]) for record in trained)
+
+
+@pytest.mark.parametrize(("every", "evaluated"), [(2, [4]), (5, [])])
+def test_without_an_evaluation_at_the_end_the_best_is_of_whole_periods(tmp_path, every, evaluated):
+    """Three epochs of two updates; where no period is whole, the last state is kept."""
+    data_dir = write_tasks(tmp_path / "data", tasks=("shout",))
+    changes = {"train.epochs": 3, "train.evaluate_at_end": False, "train.eval_every_epochs": every}
+
+    def learn(name, **overrides):
+        continual.run(tiny_config(data_dir, task_order="shout", **changes, **overrides), tmp_path / name)
+        return committed(tmp_path / name)
+
+    found = learn("run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "dev"] == evaluated
+    assert max(record["step"] for record in records if record["kind"] == "train") == 6
+    # What was kept is what a task of so many updates ends with.
+    ended = learn("ended", **{"train.max_steps": evaluated[0] if evaluated else 6})
+    assert_same_arrays(found, ended)
+    with pytest.raises(AssertionError):
+        assert_same_arrays(found, learn("other", **{"train.max_steps": 3}))
 
 
 @pytest.mark.parametrize(("kl_ratio", "warned"), [(1e4, True), (0.0, False)])
