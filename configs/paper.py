@@ -49,12 +49,17 @@ def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
     with it "Output: ", draws one of several references for training and scoring alike, keeps rows without an answer,
     gives LLaMA no beginning token and may cut its end token, passes no gradient through earlier blocks, leaves the
     reflection loss out of a task's first update, and corrects the bias of AdamW's moments after epsilon is added. It
-    evaluates at whole periods alone, not at a task's end, and keeps the first of the checkpoints that score best.
+    evaluates at whole periods alone, not at a task's end, and keeps the first of the checkpoints that score best. Its
+    loss is a mean over micro-batches of their own means, and the updates of an epoch are rounded down.
     """
     if protocol == "released":
         is_llama = c.pseudo_samples.dir.endswith("_llama")
         c.data.dev_is_test = True
         c.sapt.pool_padding = True
+        # Of LLaMA's, each is one of four GPUs' two rows.
+        c.train.accumulation = 2 if c.pseudo_samples.dir == "lora_gen_long_t5" else 4
+        c.train.loss_mean = "micro_batches"
+        c.train.partial_batch = "drop"
         c.train.evaluate_at_end = False
         c.train.best_of_equals = "first"
         c.optimizer.name = "hf_adamw"

@@ -15,6 +15,7 @@ from configs import paper
 def get_config(argument: str = ""):
     c = paper.long_t5(argument, size="large")
     # A fourth of the rows at a time, and no activations but matrix products: one GPU of 24 GB.
-    c.train.accumulation = 4
+    if c.train.loss_mean == "tokens":
+        c.train.accumulation = 4
     c.model.remat = "dots"
     return c

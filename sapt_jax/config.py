@@ -125,6 +125,20 @@ _TRAIN = {
     "max_steps": Setting(0, "Updates of a task, at most; 0 is no limit.", NOT_NEGATIVE),
     "batch_size": Setting(32, "Rows of one update, over all devices.", POSITIVE),
     "accumulation": Setting(1, "Micro-batches that it is split into.", POSITIVE),
+    "loss_mean": Setting(
+        "tokens",
+        'What the task loss is the mean of: all answer tokens of an update, or "micro_batches", whose own means count '
+        "alike, as in the released code.",
+        choices=("tokens", "micro_batches"),
+        protocol=True,
+    ),
+    "partial_batch": Setting(
+        "fill",
+        'An epoch\'s last batch that is not full: "fill" trains on it; "drop" leaves its rows out where it lacks a '
+        "micro-batch, so that a task has as many updates as in the released code.",
+        choices=("fill", "drop"),
+        protocol=True,
+    ),
     "eval_every_epochs": Setting(5, "Between evaluations on dev.", POSITIVE),
     "evaluate_at_end": Setting(
         True, "And after a task's last update; the released code leaves that out.", protocol=True

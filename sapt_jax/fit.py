@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sapt_jax.data.batching import Prefetch, Share, Steps, steps_per_epoch, train_batches
+from sapt_jax.data.batching import Prefetch, Share, Steps, steps_per_epoch, train_batches, whole_steps_per_epoch
 from sapt_jax.data.stream import EncodedTask
 from sapt_jax.evaluation import dev_score
 from sapt_jax.methods.base import Samples
@@ -24,9 +24,17 @@ from sapt_jax.storage import preemption
 from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
 
 
+def epoch_steps(config: ConfigDict, num_rows: int) -> int:
+    """Updates of an epoch over `num_rows` training instances."""
+    options = config.train
+    if options.partial_batch == "drop":
+        return whole_steps_per_epoch(num_rows, options.batch_size, options.accumulation)
+    return steps_per_epoch(num_rows, options.batch_size)
+
+
 def total_steps(config: ConfigDict, num_rows: int) -> int:
     """Updates of a task with `num_rows` training instances."""
-    steps = config.train.epochs * steps_per_epoch(num_rows, config.train.batch_size)
+    steps = config.train.epochs * epoch_steps(config, num_rows)
     return min(steps, config.train.max_steps) if config.train.max_steps else steps
 
 
@@ -50,7 +58,8 @@ def fit(
     """
     task, config = run.stream.tasks[task_index], run.config
     steps = total_steps(config, len(task.train))
-    per_epoch = steps_per_epoch(len(task.train), config.train.batch_size)
+    # Of all rows, also where epochs leave some out.
+    period = config.train.eval_every_epochs * steps_per_epoch(len(task.train), config.train.batch_size)
     at = run.task(task_index, steps)
     checkpoints = TaskCheckpoints(run.folder(task_index))
     state, best, loop = _open(run, checkpoints, begin)
@@ -66,7 +75,7 @@ def fit(
             step = loop.step + 1
             curves.add(step, metrics)
             loop = dataclasses.replace(loop, step=step, finished=step == steps)
-            whole_period = step % (config.train.eval_every_epochs * per_epoch) == 0
+            whole_period = step % period == 0
             evaluate = whole_period or (loop.finished and config.train.evaluate_at_end)
             if evaluate and len(task.dev):
                 score = dev_score(run, (frozen, state.trainable), task, at)
@@ -113,10 +122,11 @@ def _after_evaluation(loop: Loop, score: float, options: Any) -> Loop:
 
 
 def _batches(run: Run, task_index: int, loop: Loop, steps: int) -> Iterator[dict[str, jax.Array]]:
-    config, stream = run.config, run.stream
+    config, stream, task = run.config, run.stream, run.stream.tasks[task_index]
+    per_epoch = epoch_steps(config, len(task.train)) if config.train.partial_batch == "drop" else None
     batches = train_batches(
-        stream.tasks[task_index].train,
-        dataclasses.replace(stream.layout(config.train.batch_size), buckets=loop.buckets),
+        task.train,
+        dataclasses.replace(stream.layout(config.train.batch_size), buckets=loop.buckets, epoch_batches=per_epoch),
         Steps(config.seed, task_index, loop.step, steps),
         Share(*own_slice(run.mesh)),
         Prefetch(config.data.prefetch_threads, config.data.prefetch_batches),

@@ -121,9 +121,10 @@ def make_train_step(
 ) -> Callable:
     """Builds `step(frozen, state, batch, samples, task) -> (state, metrics)`.
 
-    The task loss is the mean over all answer tokens of the effective batch, however it is split: the micro-batches are
-    scanned inside the step. The method's penalty is taken once per step. A step whose loss or gradient is not finite
-    changes nothing but the count of steps.
+    The task loss is the mean over all answer tokens of the effective batch, however it is split; or, by
+    config.train.loss_mean, the mean over micro-batches with an answer of the mean over their own tokens. The
+    micro-batches are scanned inside the step. The method's penalty is taken once per step. A step whose loss or
+    gradient is not finite changes nothing but the count of steps.
 
     Metrics are arrays on the device: loss, task_loss, grad_norm, tokens, and what the method logs.
     """
@@ -139,19 +140,23 @@ def make_train_step(
     ) -> tuple[TrainState, Logs]:
         task = task.replace(step=state.step)
         loss_key, penalty_key = jax.random.split(rng(config.seed, "step", task.index, state.step))
+        # Every device keeps its rows: a micro-batch takes some of each device's.
+        micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         tokens = jnp.maximum(batch["target_mask"].sum(), 1)
+        by_micro_batch = config.train.loss_mean == "micro_batches"
+        answered = jnp.maximum(micro["target_mask"].any(axis=(1, 2)).sum(), 1) if by_micro_batch else 1
 
         def gradient(key: jax.Array, rows: Batch) -> tuple[jax.Array, Logs, Trainable]:
             # Divided before it is differentiated, so that gradients of micro-batches are of the size of the whole.
             def mean(trainable: Trainable) -> tuple[jax.Array, Logs]:
                 total, logs = loss_of(trainable, key, frozen, rows, task)
+                if by_micro_batch:
+                    return total / (jnp.maximum(rows["target_mask"].sum(), 1) * answered), logs
                 return total / tokens, logs
 
             (loss, logs), grads = jax.value_and_grad(mean, has_aux=True)(state.trainable)
             return loss, logs, grads
 
-        # Every device keeps its rows: a micro-batch takes some of each device's.
-        micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         if accumulation == 1:
             loss, logs, grads = gradient(loss_key, jax.tree.map(lambda x: x[0], micro))
         else:

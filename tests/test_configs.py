@@ -159,6 +159,9 @@ def test_one_argument_brings_the_released_protocol_back(name):
         "sapt.pool_padding": True,
         "sapt.reflect_in_first_update": False,
         "optimizer.name": "hf_adamw",
+        "train.accumulation": 2 if name.startswith("t5_") and name.endswith("_long") else 4,
+        "train.loss_mean": "micro_batches",
+        "train.partial_batch": "drop",
         "train.evaluate_at_end": False,
         "train.best_of_equals": "first",
         "data.truncation": "end",
@@ -171,7 +174,7 @@ def test_one_argument_brings_the_released_protocol_back(name):
     }
     before, after = flatten(mended), flatten(released)
     changed = {key for key in before if before[key] != after[key]}
-    assert changed == expected.keys() - ({"data.target_keeps_end"} if not is_llama else set())
+    assert changed == {key for key in expected if before[key] != expected[key]}
     assert {key: after[key] for key in expected} == expected
     check_config(released)
     with pytest.raises(ValueError, match="protocol='paper' is unknown"):

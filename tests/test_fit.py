@@ -26,6 +26,15 @@ def test_steps_of_a_task(tmp_path):
     assert total_steps(config, 17) == 5
 
 
+def test_steps_of_a_task_as_the_released_code_counts_them():
+    """The steps of its SuperNI runs: transformers rounds an epoch's updates of four micro-batches of 8 down."""
+    config = tiny_config("", **{"train.epochs": 100, "train.batch_size": 32, "train.accumulation": 4})
+    rows = (1000, 975, 338, 160, 142, 126)
+    assert [total_steps(config, n) for n in rows] == [3200, 3100, 1100, 500, 500, 400]
+    config.train.partial_batch = "drop"
+    assert [total_steps(config, n) for n in rows] == [3100, 3000, 1000, 500, 400, 400]
+
+
 def evaluations(scores, patience, best_of_equals="last"):
     loop, options = Loop(), ConfigDict({"patience": patience, "best_of_equals": best_of_equals})
     for number, score in enumerate(scores, 1):

@@ -229,6 +229,29 @@ def test_accumulation_is_one_batch(accumulation):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), parts, whole)
 
 
+def test_the_loss_may_be_a_mean_of_micro_batch_means():
+    """Each micro-batch on its own, and their mean; one of filler rows alone is none."""
+    frozen, trainable = make_state(29)
+    batch, samples = make_batch(30), make_samples(31)
+    config = default_config()
+    config.train.accumulation, config.train.loss_mean = 3, "micro_batches"
+    method = tiny_method(**{**FIELDS, "kl_ratio": 0.0})
+    step = jax.jit(make_train_step(config, make_apply(MODEL), method, SGD))
+    parts = [run_step(method, frozen, trainable, {k: v[m::3] for k, v in batch.items()}, samples, 2) for m in range(3)]
+    whole, _ = run_step(method, frozen, trainable, batch, samples, 2)
+    for kept in (3, 2):
+        for name in ("source_mask", "target_mask"):
+            batch[name] = batch[name] & (np.arange(6) % 3 < kept)[:, None]
+        state, metrics = step(
+            frozen, TrainState(trainable, SGD.init(trainable), jnp.zeros((), jnp.int32)), batch, samples, at(2)
+        )
+        found = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), trainable, state.trainable)
+        expected = jax.tree.map(lambda *x: np.mean(x, axis=0), *(gradient for gradient, _ in parts[:kept]))
+        np.testing.assert_allclose(metrics["loss"], np.mean([own["loss"] for _, own in parts[:kept]]), rtol=1e-6)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
+    assert not np.allclose(whole.selector["key"], expected.selector["key"], rtol=1e-3)
+
+
 def test_filler_rows_do_not_count():
     frozen, trainable = make_state(17)
     batch, samples = make_batch(18), make_samples(19)

@@ -31,12 +31,14 @@ class Layout:
       padding_side: of the sources; "left" for decoder-only models, whose target then follows the prompt at once,
         "right" for encoder-decoder models.
       pad_id: what fills the rest of a row.
+      epoch_batches: batches of a training epoch where it leaves rows out, in every epoch others; None takes all rows.
     """
 
     buckets: Sequence[Bucket]
     batch_size: int
     padding_side: str
     pad_id: int
+    epoch_batches: int | None = None
 
     def __post_init__(self):
         if self.padding_side not in ("left", "right"):
@@ -143,12 +145,14 @@ def epoch_plan(lengths: np.ndarray, layout: Layout, *, seed: int, task_index: in
     """The batches of one epoch, in order: [(bucket, rows [batch_size] int64, -1 for filler)].
 
     Pure: depends on the arguments alone. Every row occurs exactly once, and every epoch has
-    ceil(n / batch_size) batches.
+    ceil(n / batch_size) batches. With a smaller `num_batches` it has so many, and leaves out rows that the epoch draws.
 
     Args:
       lengths: [n, 2] source and target lengths of the task's rows.
     """
     shuffled = _shuffled(np.arange(len(lengths)), _seed32(seed, task_index, epoch, 0))
+    if layout.epoch_batches is not None:
+        shuffled = shuffled[: layout.epoch_batches * layout.batch_size]
     plan = _cut_into_batches(shuffled, lengths, layout.buckets, layout.batch_size)
     order = _shuffled(np.arange(len(plan)), _seed32(seed, task_index, epoch, 1))
     return [plan[i] for i in order]
@@ -157,6 +161,14 @@ def epoch_plan(lengths: np.ndarray, layout: Layout, *, seed: int, task_index: in
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     """ceil(num_rows / batch_size): the number of batches of every epoch."""
     return -(-num_rows // batch_size)
+
+
+def whole_steps_per_epoch(num_rows: int, batch_size: int, accumulation: int) -> int:
+    """Updates of an epoch as transformers counts them: its micro-batches, the last of which may be part, give so many.
+
+    At least one; 1,000 rows in 4 micro-batches of 8 give 31.
+    """
+    return max(1, steps_per_epoch(num_rows, batch_size // accumulation) // accumulation)
 
 
 def count_positions(plan: Plan, prompt_length: int) -> int:
@@ -169,7 +181,7 @@ class _TrainSource:
 
     def __init__(self, split: EncodedSplit, layout: Layout, steps: Steps, share: Share):
         self._split, self._layout, self._steps, self._share = split, layout, steps, share
-        self._per_epoch = steps_per_epoch(len(split), layout.batch_size)
+        self._per_epoch = layout.epoch_batches or steps_per_epoch(len(split), layout.batch_size)
         # Two epochs: prefetch threads read ahead across the border.
         self._plan = functools.lru_cache(maxsize=2)(
             functools.partial(epoch_plan, split.lengths, layout, seed=steps.seed, task_index=steps.task_index)
@@ -189,7 +201,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields the batches of a task's steps, read ahead by Grain's threads.
 
-    Batch k is the same whatever `steps.start` was; it lies in epoch k // steps_per_epoch(n, batch_size).
+    Batch k is the same whatever `steps.start` was; it lies in epoch k // (batches of an epoch).
 
     Raises:
       ValueError: the batch does not split evenly over the processes.

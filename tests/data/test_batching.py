@@ -1,6 +1,7 @@
 """Batching: every row once, the same whatever the start, no process sees another's rows, masks tell the
 lengths."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -41,11 +42,10 @@ def rows_of(batch, split) -> list[int]:
     ]
 
 
-def take(split, buckets, *, start=0, steps, batch_size=4, process=(0, 1), threads=2):
+def take(split, buckets, *, start=0, steps, batch_size=4, process=(0, 1), threads=2, per_epoch=None):
     own, share = batching.Steps(seed=3, task_index=1, start=start, stop=steps), batching.Share(*process)
-    return list(
-        batching.train_batches(split, layout(buckets, batch_size), own, share, batching.Prefetch(threads, batches=4))
-    )
+    whole = dataclasses.replace(layout(buckets, batch_size), epoch_batches=per_epoch)
+    return list(batching.train_batches(split, whole, own, share, batching.Prefetch(threads, batches=4)))
 
 
 def assert_same(one, other):
@@ -71,6 +71,23 @@ def test_every_row_once_per_epoch_in_a_constant_number_of_batches(trial):
         for bucket, rows in plan:
             assert (split.lengths[rows[rows != -1]] <= bucket).all()
             assert bucket in buckets
+
+
+def test_an_epoch_of_fewer_batches_leaves_out_other_rows_each_time():
+    rng = np.random.default_rng(21)
+    split = random_split(rng, 35)
+    buckets = random_buckets(rng, split.lengths)
+    steps = batching.whole_steps_per_epoch(35, 8, 4)
+    assert steps == 4
+    whole = take(split, buckets, steps=3 * steps, batch_size=8, per_epoch=steps)
+    seen = [[row for batch in whole[e * steps : (e + 1) * steps] for row in rows_of(batch, split)] for e in range(3)]
+    assert all(len(set(rows)) == 32 and -1 not in rows for rows in seen)
+    assert len({frozenset(rows) for rows in seen}) == 3
+    for start in (1, 5, 11):
+        assert_same(take(split, buckets, start=start, steps=12, batch_size=8, per_epoch=steps), whole[start:])
+    # A last batch that lacks no micro-batch stays.
+    assert batching.whole_steps_per_epoch(31, 8, 4) == 4
+    assert batching.whole_steps_per_epoch(3, 8, 4) == 1
 
 
 def test_epochs_tasks_and_seeds_shuffle_differently_and_the_same_key_alike():
