@@ -110,7 +110,8 @@ class Setting:
 def make_setting(config: ConfigDict, dtype: str, mesh: Mesh) -> Setting:
     """The run of a config, with its model in one type."""
     shape = read_shape(config.model.path, config.model.variant)
-    model, method = make_model(shape, dtype, config.model.remat, config.model.attention), make_method(config)
+    options, method = config.model, make_method(config)
+    model = make_model(shape, dtype, options.remat, options.attention, options.dropout)
     base = init_params(model, sharding.abstract_params(model, mesh, DTYPES[dtype]), seed=0)
     # An end token that no answer can hold.
     programs = make_programs(config, model, method, mesh, Ends(TARGET.value, eos_id=-1, pad_id=0))

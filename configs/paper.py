@@ -3,7 +3,6 @@
 What the scripts leave at its default is the default of transformers 4.30: AdamW (0.9, 0.999, 1e-8), no weight decay,
 clip 1.0, seed 42, which are those of sapt_jax/config.py. Where that mends the protocol (a masked pool, a dev set of its
 own, true gradients), these keep it mended, and the argument `protocol=released` brings the released behaviour back.
-T5's own dropout, 0.1 in the released code, is off.
 """
 
 from ml_collections import ConfigDict
@@ -50,14 +49,16 @@ def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
     gives LLaMA no beginning token and may cut its end token, passes no gradient through earlier blocks, leaves the
     reflection loss out of a task's first update, and corrects the bias of AdamW's moments after epsilon is added. It
     evaluates at whole periods alone, not at a task's end, and keeps the first of the checkpoints that score best. Its
-    loss is a mean over micro-batches of their own means, and the updates of an epoch are rounded down.
+    loss is a mean over micro-batches of their own means, and the updates of an epoch are rounded down. T5
+    trains with its own dropout.
     """
     if protocol == "released":
         is_llama = c.pseudo_samples.dir.endswith("_llama")
         c.data.dev_is_test = True
         c.sapt.pool_padding = True
-        # Of LLaMA's, each is one of four GPUs' two rows.
+        # LLaMA's micro-batches are the rows of its four GPUs together.
         c.train.accumulation = 2 if c.pseudo_samples.dir == "lora_gen_long_t5" else 4
+        c.model.dropout = 0.0 if is_llama else 0.1
         c.train.loss_mean = "micro_batches"
         c.train.partial_batch = "drop"
         c.train.evaluate_at_end = False

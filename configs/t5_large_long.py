@@ -14,7 +14,8 @@ from configs import paper
 
 def get_config(argument: str = ""):
     c = paper.long_t5(argument, size="large")
-    # A fourth of the rows at a time, and no activations but matrix products: one GPU of 24 GB.
+    # A fourth of the rows at a time, and no activations but matrix products: one GPU of 24 GB. The released protocol's
+    # loss depends on how they are split.
     if c.train.loss_mean == "tokens":
         c.train.accumulation = 4
     c.model.remat = "dots"

@@ -44,6 +44,9 @@ _MODEL = {
     "dtype": Setting("bfloat16", "Of the computation.", choices=tuple(DTYPES)),
     "param_dtype": Setting("bfloat16", "Of the base weights.", choices=tuple(DTYPES)),
     "remat": Setting("none", "What is computed again in the backward pass.", choices=tuple(REMAT), free=True),
+    "dropout": Setting(
+        0.0, "Of T5 in training, as its pretraining and the released code have it at 0.1.", NOT_NEGATIVE, protocol=True
+    ),
     "attention": Setting(
         "auto",
         "What computes LLaMA's self-attention; auto is splash on TPUs, xla elsewhere.",

@@ -97,9 +97,11 @@ def make_programs(config: ConfigDict, model: nn.Module, method: Method, mesh: Me
 
 def make_apply(model: nn.Module) -> Apply:
     """`model.apply` on a base tree, as hooks are given it."""
+    drops = getattr(model, "dropout", 0.0) > 0
 
-    def apply(base: Tree, *arguments: Any, method: str | None = None) -> Any:
-        return model.apply({"params": base}, *arguments, method=method)
+    def apply(base: Tree, *arguments: Any, method: str | None = None, rng: jax.Array | None = None) -> Any:
+        rngs = {"dropout": rng} if drops and rng is not None else None
+        return model.apply({"params": base}, *arguments, method=method, rngs=rngs)
 
     return apply
 

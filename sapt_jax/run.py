@@ -115,7 +115,8 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
     shape = read_shape(options.path, options.variant)
     if not (options.tokenizer or options.path):
         raise ValueError('config.model.tokenizer is empty: name one, or "bytes", for a model without a path.')
-    model, method = make_model(shape, options.dtype, options.remat, options.attention), make_method(config)
+    model = make_model(shape, options.dtype, options.remat, options.attention, options.dropout)
+    method = make_method(config)
     # What blocks go on is known before data is read.
     method.trainable_leaves(parameters(model))
     tokenizer = load_tokenizer(options.tokenizer or resolve_path(options.path))

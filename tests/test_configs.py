@@ -160,6 +160,7 @@ def test_one_argument_brings_the_released_protocol_back(name):
         "sapt.reflect_in_first_update": False,
         "optimizer.name": "hf_adamw",
         "train.accumulation": 2 if name.startswith("t5_") and name.endswith("_long") else 4,
+        "model.dropout": 0.0 if is_llama else 0.1,
         "train.loss_mean": "micro_batches",
         "train.partial_batch": "drop",
         "train.evaluate_at_end": False,

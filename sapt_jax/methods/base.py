@@ -16,7 +16,8 @@ from sapt_jax.methods.pooling import max_over_tokens
 from sapt_jax.pet import Mixture, Pet
 from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
 
-# (base, *arguments, method=name of a method of the model) -> what the model gives.
+# (base, *arguments, method=name of a method of the model, rng=key) -> what the model gives. A model that has dropout
+# drops only where it is given a key.
 Apply = Callable[..., Any]
 Batch = Mapping[str, jax.Array]
 Logs = dict[str, jax.Array]
@@ -157,7 +158,7 @@ class Method(abc.ABC):
         source, mask = batch["source"], batch["source_mask"]
         weights = self.weights(frozen, trainable, self.features(apply, frozen.base, source, mask), task, training=True)
         mixture = self.mixture(frozen, trainable, weights, task)
-        logits = apply(frozen.base, source, mask, batch["target"], batch["target_mask"], mixture)
+        logits = apply(frozen.base, source, mask, batch["target"], batch["target_mask"], mixture, rng=rng)
         nll, _ = token_cross_entropy(logits, batch["target"], batch["target_mask"])
         return nll, {"attention": jnp.sum(weights * real_rows(batch)[:, None], axis=0)}
 

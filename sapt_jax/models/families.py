@@ -43,7 +43,8 @@ class Family:
       variants: shapes by name.
       model_types: Hugging Face's names of it.
       read_config: config.json and the file's name, for errors -> shape.
-      make: (shape, dtype, remat, attention) -> Linen module. `attention` is one of `attentions`.
+      make: (shape, dtype, remat, attention, dropout) -> Linen module. `attention` is one of `attentions`.
+      drops: whether its models were trained with dropout; else it is always 0.
       tables: a checkpoint's format -> its config -> the rule table of its weights.
       is_encoder_decoder: whether an encoder reads the source.
       decoder_layers: shape -> number of decoder layers.
@@ -56,7 +57,8 @@ class Family:
     variants: Mapping[str, Any]
     model_types: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any], str], Any]
-    make: Callable[[Any, Any, str, str], nn.Module]
+    make: Callable[[Any, Any, str, str, float], nn.Module]
+    drops: bool
     attentions: tuple[str, ...]
     tables: Mapping[str, Callable[[Mapping[str, Any]], Table]]
     is_encoder_decoder: bool
@@ -72,7 +74,8 @@ FAMILIES = (
         variants=LLAMA_VARIANTS,
         model_types=llama_weights.MODEL_TYPES,
         read_config=llama_config_from_hf,
-        make=Llama,
+        make=lambda shape, dtype, remat, attention, dropout: Llama(shape, dtype, remat, attention),
+        drops=False,
         attentions=KERNELS,
         tables=llama_weights.TABLES,
         is_encoder_decoder=False,
@@ -86,7 +89,8 @@ FAMILIES = (
         variants=T5_VARIANTS,
         model_types=t5_weights.MODEL_TYPES,
         read_config=t5_config_from_hf,
-        make=lambda shape, dtype, remat, attention: T5(shape, dtype, remat),
+        make=lambda shape, dtype, remat, attention, dropout: T5(shape, dtype, remat, dropout),
+        drops=True,
         # No other kernel takes position biases.
         attentions=("auto", "xla"),
         tables=t5_weights.TABLES,
@@ -121,11 +125,12 @@ def parameters(model: nn.Module) -> Mapping[str, Parameter]:
     return types.MappingProxyType({path: Parameter(box.value.shape, box.names) for path, box in boxes.items()})
 
 
-def make_model(shape: Any, dtype: str, remat: str, attention: str = "auto") -> nn.Module:
-    """The Linen module of a shape. `dtype`, `remat` and `attention` as in `config.model`.
+def make_model(shape: Any, dtype: str, remat: str, attention: str = "auto", dropout: float = 0.0) -> nn.Module:
+    """The Linen module of a shape. `dtype`, `remat`, `attention` and `dropout` as in `config.model`.
 
     Raises:
-      ValueError: an unknown dtype or attention, or an attention that does not go with the dtype or the architecture.
+      ValueError: an unknown dtype or attention, or an attention or dropout that does not go with the dtype or the
+        architecture.
     """
     for field, value, choices in (("dtype", dtype, DTYPES), ("attention", attention, KERNELS)):
         if value not in choices:
@@ -135,7 +140,10 @@ def make_model(shape: Any, dtype: str, remat: str, attention: str = "auto") -> n
     family = family_of(shape)
     if attention not in family.attentions:
         raise ValueError(f"config.model.attention={attention!r} takes none of {family.name}'s biases; choose auto.")
-    return family.make(shape, DTYPES[dtype], remat, attention)
+    if not 0 <= dropout < 1 or (dropout and not family.drops):
+        allowed = "a rate from 0 to less than 1" if family.drops else "0: the architecture has no dropout"
+        raise ValueError(f"config.model.dropout={dropout} for {family.name} must be {allowed}.")
+    return family.make(shape, DTYPES[dtype], remat, attention, dropout)
 
 
 def read_shape(path: str, variant: str) -> Any:

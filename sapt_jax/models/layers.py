@@ -51,6 +51,17 @@ def lora_delta(x: jax.Array, block: dict[str, jax.Array], pet: Any, dtype: Any) 
     return matmul(z * pet.columns[:, None, :].astype(dtype), block["b"], dtype, dtype)
 
 
+def drop(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+    """x, entries set to zero at `rate` and the others divided by 1 - rate, in a module applied with a "dropout" rng.
+
+    Without one, or at rate 0, it is x itself.
+    """
+    if not rate or not module.has_rng("dropout"):
+        return x
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
 def part(blocks: Any, name: str) -> Any:
     """The LoRA blocks of one part of a module, or None where it has none."""
     return None if blocks is None else blocks.get(name)
@@ -125,39 +136,44 @@ class LogitsDense(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """wo(activation(wi_0 x) * wi_1 x)."""
+    """wo(dropped(activation(wi_0 x) * wi_1 x))."""
 
     d_ff: int
     activation: Callable
     dtype: Any
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, blocks: Any = None, pet: Any = None) -> jax.Array:
         gate = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_0")(x, part(blocks, "wi_0"), pet)
         up = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi_1")(x, part(blocks, "wi_1"), pet)
         hidden = constrain(self.activation(gate) * up, *HIDDEN)
+        hidden = drop(self, self.dropout, hidden)
         return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden, part(blocks, "wo"), pet)
 
 
 class Mlp(nn.Module):
-    """wo(activation(wi x))."""
+    """wo(dropped(activation(wi x)))."""
 
     d_ff: int
     activation: Callable
     dtype: Any
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, blocks: Any = None, pet: Any = None) -> jax.Array:
         hidden = Dense(self.d_ff, ("embed", "mlp"), self.dtype, name="wi")(x, part(blocks, "wi"), pet)
         hidden = constrain(self.activation(hidden), *HIDDEN)
+        hidden = drop(self, self.dropout, hidden)
         return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden, part(blocks, "wo"), pet)
 
 
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values, and LoRA on the projections that have blocks.
 
-    `kernel` is what `causal_attention` runs. Its steps are separate so that a caller can rotate, cache or reuse parts:
-    `project_query`, `project_key_value`, then `attend` or `attend_causally`, then `project_out`.
+    `kernel` is what `causal_attention` runs; `dropout` is that of the weights that `attend` mixes with. The steps are
+    separate so that a caller can rotate, cache or reuse parts: `project_query`, `project_key_value`, then `attend` or
+    `attend_causally`, then `project_out`.
     """
 
     num_heads: int
@@ -167,6 +183,7 @@ class Attention(nn.Module):
     scale: float
     dtype: Any
     kernel: str = "xla"
+    dropout: float = 0.0
 
     def setup(self):
         kv_width = self.num_kv_heads * self.head_dim
@@ -201,7 +218,16 @@ class Attention(nn.Module):
           mask: broadcastable to [B, 1, L, S], True where attention is allowed, or None.
           bias: broadcastable to [B, N, L, S], or None.
         """
-        return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=self.scale)
+        if not self.dropout or not self.has_rng("dropout"):
+            return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=self.scale)
+        if self.num_heads != self.num_kv_heads:
+            raise ValueError("dropped attention weights need as many heads of keys as of queries")
+        scores = self.scale * jnp.einsum("BLNH,BSNH->BNLS", query, key, preferred_element_type=jnp.float32)
+        scores = scores if bias is None else scores + bias
+        # Finite, so that a row without tokens has a softmax.
+        scores = scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = drop(self, self.dropout, jax.nn.softmax(scores, axis=-1).astype(value.dtype))
+        return jnp.einsum("BNLS,BSNH->BLNH", weights, value)
 
     def attend_causally(self, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array) -> jax.Array:
         """As `attend` of a batch to itself: each token sees those of valid [B, L] up to itself."""
@@ -236,7 +262,7 @@ def scan_layers(block: type[nn.Module], length: int, in_axes: Any, remat: str) -
     return nn.scan(
         block,
         variable_axes={"params": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, part, scan_layers
+from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, drop, part, scan_layers
 from sapt_jax.models.shapes import T5Config
 from sapt_jax.pet import Mixture, layer_blocks, put_prompt_before
 from sapt_jax.sharding import CACHE, CROSS_CACHE, STATES, constrain
@@ -96,13 +96,13 @@ def look_up(table: jax.Array, buckets: jax.Array) -> jax.Array:
     return jnp.take(table.astype(jnp.float32), buckets, axis=1)[None]
 
 
-def _mlp(config: T5Config, dtype: Any) -> nn.Module:
-    return (GatedMlp if config.gated else Mlp)(config.d_ff, ACTIVATIONS[config.activation], dtype)
+def _mlp(config: T5Config, dtype: Any, dropout: float) -> nn.Module:
+    return (GatedMlp if config.gated else Mlp)(config.d_ff, ACTIVATIONS[config.activation], dtype, dropout)
 
 
-def _attention(config: T5Config, dtype: Any) -> Attention:
+def _attention(config: T5Config, dtype: Any, dropout: float) -> Attention:
     heads = config.num_heads
-    return Attention(heads, heads, config.head_dim, config.d_model, scale=1.0, dtype=dtype)
+    return Attention(heads, heads, config.head_dim, config.d_model, scale=1.0, dtype=dtype, dropout=dropout)
 
 
 class EncoderBlock(nn.Module):
@@ -110,13 +110,14 @@ class EncoderBlock(nn.Module):
 
     config: T5Config
     dtype: Any
+    dropout: float
 
     def setup(self):
         c = self.config
         self.pre_attention_layer_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.attention = _attention(c, self.dtype)
+        self.attention = _attention(c, self.dtype, self.dropout)
         self.pre_mlp_layer_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.mlp = _mlp(c, self.dtype)
+        self.mlp = _mlp(c, self.dtype, self.dropout)
 
     def __call__(self, x: jax.Array, blocks: Any, bias: jax.Array, pet: Any, buckets: jax.Array, mask: jax.Array):
         """Applies the layer.
@@ -135,8 +136,8 @@ class EncoderBlock(nn.Module):
         query = self.attention.project_query(h, attention_blocks, pet)
         key, value = self.attention.project_key_value(h, attention_blocks, pet)
         attended = self.attention.attend(query, key, value, mask, bias)
-        x = x + self.attention.project_out(attended, attention_blocks, pet)
-        x = x + self.mlp(self.pre_mlp_layer_norm(x), part(blocks, "mlp"), pet)
+        x = x + drop(self, self.dropout, self.attention.project_out(attended, attention_blocks, pet))
+        x = x + drop(self, self.dropout, self.mlp(self.pre_mlp_layer_norm(x), part(blocks, "mlp"), pet))
         return constrain(x, *STATES), None
 
 
@@ -145,15 +146,16 @@ class DecoderBlock(nn.Module):
 
     config: T5Config
     dtype: Any
+    dropout: float
 
     def setup(self):
         c = self.config
         self.pre_self_attention_layer_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.self_attention = _attention(c, self.dtype)
+        self.self_attention = _attention(c, self.dtype, self.dropout)
         self.pre_cross_attention_layer_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.encoder_decoder_attention = _attention(c, self.dtype)
+        self.encoder_decoder_attention = _attention(c, self.dtype, self.dropout)
         self.pre_mlp_layer_norm = RMSNorm(c.norm_eps, self.dtype)
-        self.mlp = _mlp(c, self.dtype)
+        self.mlp = _mlp(c, self.dtype, self.dropout)
 
     def __call__(self, carry, blocks, bias, cross, pet, buckets, mask, encoded, source_mask, write):
         """Applies the layer.
@@ -188,7 +190,7 @@ class DecoderBlock(nn.Module):
             key = jax.lax.dynamic_index_in_dim(cached_key, layer, keepdims=False)
             value = jax.lax.dynamic_index_in_dim(cached_value, layer, keepdims=False)
         attended = self.self_attention.attend(query, key, value, mask, bias)
-        x = x + self.self_attention.project_out(attended, self_blocks, pet)
+        x = x + drop(self, self.dropout, self.self_attention.project_out(attended, self_blocks, pet))
 
         h = self.pre_cross_attention_layer_norm(x)
         query = self.encoder_decoder_attention.project_query(h, cross_blocks, pet)
@@ -199,9 +201,10 @@ class DecoderBlock(nn.Module):
         else:
             key, value = (jnp.moveaxis(y, -1, 1) for y in cross)
         attended = self.encoder_decoder_attention.attend(query, key, value, source_mask)
-        x = x + self.encoder_decoder_attention.project_out(attended, cross_blocks, pet)
+        attended = self.encoder_decoder_attention.project_out(attended, cross_blocks, pet)
+        x = x + drop(self, self.dropout, attended)
 
-        x = x + self.mlp(self.pre_mlp_layer_norm(x), part(blocks, "mlp"), pet)
+        x = x + drop(self, self.dropout, self.mlp(self.pre_mlp_layer_norm(x), part(blocks, "mlp"), pet))
         x = constrain(x, *STATES)
         return (x, cached_key, cached_value, layer + 1), projected
 
@@ -212,12 +215,13 @@ class Encoder(nn.Module):
     config: T5Config
     dtype: Any
     remat: str
+    dropout: float
 
     def setup(self):
         c = self.config
         self.relpos_bias = RelativeBias(c, c.num_encoder_layers)
         axes = (0, 0 if c.bias_per_layer else nn.broadcast, *[nn.broadcast] * 3)
-        self.layers = scan_layers(EncoderBlock, c.num_encoder_layers, axes, self.remat)(c, self.dtype)
+        self.layers = scan_layers(EncoderBlock, c.num_encoder_layers, axes, self.remat)(c, self.dtype, self.dropout)
         self.encoder_norm = RMSNorm(c.norm_eps, self.dtype)
 
     def __call__(self, x: jax.Array, mask: jax.Array, pet: Mixture | None) -> jax.Array:
@@ -229,8 +233,9 @@ class Encoder(nn.Module):
             positions[None, :] - positions[:, None], True, c.relative_buckets, c.relative_max_distance
         )
         bias = self.relpos_bias(buckets)
+        x = drop(self, self.dropout, x)
         x, _ = self.layers(x, blocks, bias, shared, buckets, mask[:, None, None, :])
-        return self.encoder_norm(x)
+        return drop(self, self.dropout, self.encoder_norm(x))
 
 
 class Decoder(nn.Module):
@@ -239,12 +244,13 @@ class Decoder(nn.Module):
     config: T5Config
     dtype: Any
     remat: str
+    dropout: float
 
     def setup(self):
         c = self.config
         self.relpos_bias = RelativeBias(c, c.num_decoder_layers)
         axes = (0, 0 if c.bias_per_layer else nn.broadcast, 0, *[nn.broadcast] * 6)
-        self.layers = scan_layers(DecoderBlock, c.num_decoder_layers, axes, self.remat)(c, self.dtype)
+        self.layers = scan_layers(DecoderBlock, c.num_decoder_layers, axes, self.remat)(c, self.dtype, self.dropout)
         self.decoder_norm = RMSNorm(c.norm_eps, self.dtype)
         if not c.tie_embeddings:
             self.logits_dense = LogitsDense(c.vocab_size, self.dtype)
@@ -273,27 +279,34 @@ class Decoder(nn.Module):
         buckets = relative_buckets(distance, False, c.relative_buckets, c.relative_max_distance)
         bias = self.relpos_bias(buckets)
         mask = (distance <= 0)[None, None]
+        x = drop(self, self.dropout, x)
         carry = (x, *(cached or (None, None)), jnp.zeros((), jnp.int32))
         (x, key, value, _), projected = self.layers(
             carry, blocks, bias, cross, shared, buckets, mask, encoded, source_mask[:, None, None, :], write
         )
-        return self.decoder_norm(x), (key, value), projected
+        return drop(self, self.dropout, self.decoder_norm(x)), (key, value), projected
 
 
 class T5(nn.Module):
-    """The model. With `pet=None` it is the plain pretrained model, and its tree holds nothing else."""
+    """The model. With `pet=None` it is the plain pretrained model, and its tree holds nothing else.
+
+    Where it is applied with a "dropout" rng it drops at the rate `dropout`, at every place where the pretrained model
+    did: embeddings, attention weights, residual branches, the hidden layer of the MLP, and the states after the final
+    norms. Without one it drops nothing.
+    """
 
     config: T5Config
     dtype: Any
     remat: str
+    dropout: float = 0.0
 
     padding_side = "right"
 
     def setup(self):
         c = self.config
         self.token_embedder = Embedding(c.vocab_size, c.d_model, self.dtype)
-        self.encoder = Encoder(c, self.dtype, self.remat)
-        self.decoder = Decoder(c, self.dtype, self.remat)
+        self.encoder = Encoder(c, self.dtype, self.remat, self.dropout)
+        self.decoder = Decoder(c, self.dtype, self.remat, self.dropout)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token embeddings [B, L, D], as the shared attention pools them."""

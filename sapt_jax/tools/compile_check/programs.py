@@ -86,7 +86,8 @@ def programs_of(config: Any, mesh: Mesh) -> list[Program]:
     source = _rounded(config.data.max_source_length, config.data.source_multiple, method.pet.prompt_length)
     target = _rounded(config.data.max_target_length, config.data.target_multiple, 0)
     with nn.logical_axis_rules(rules):
-        model = make_model(shape_of(config), config.model.dtype, config.model.remat, config.model.attention)
+        options = config.model
+        model = make_model(shape_of(config), options.dtype, options.remat, options.attention, options.dropout)
         # A run's end token is the tokenizer's, which changes no figure.
         ends = Ends(config.eval.max_new_tokens, eos_id=1, pad_id=0)
         programs = make_programs(config, model, method, mesh, ends)
