@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-import transformers
 
 from sapt_jax import pet
 from sapt_jax.config import default_config
@@ -17,10 +15,9 @@ from sapt_jax.methods.base import Samples
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.shapes import LlamaConfig
 from sapt_jax.optimization import make_optimizer
-from sapt_jax.pretrained import llama_weights as llama_tables
-from sapt_jax.pretrained.rules import to_foreign
 from sapt_jax.programs import make_apply, make_train_step
 from sapt_jax.state import Trainable, TrainState
+from tests.helpers.sapt_reference import Reference, base_model, to_torch
 from tests.helpers.tiny import tiny_method
 from tests.helpers.trees import at, fresh, init_base, noise, random_frozen
 
@@ -93,78 +90,18 @@ def run_step(method, frozen, trainable, batch, samples, task_index, accumulation
     return jax.tree.map(lambda x, y: x - np.array(y), before, state.trainable), metrics
 
 
-def reference(frozen, trainable, batch, samples, task_index, kind):
-    """Loss, attention and gradients in float64, block by block."""
-    hf = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**{k: v for k, v in HF_CONFIG.items() if k != "model_type"})
-    ).double()
-    weights = to_foreign(frozen.base, llama_tables.hf_table(HF_CONFIG))
-    hf.load_state_dict({k: torch.tensor(np.array(v, np.float64)) for k, v in weights.items()}, strict=False)
-    for parameter in hf.parameters():
-        parameter.requires_grad_(False)
-
-    def leaf(x):
-        return torch.tensor(np.array(x, np.float64), requires_grad=True)
-
-    slot, selector = jax.tree.map(leaf, (trainable.slot, trainable.selector))
-    key, projection = selector["key"], selector["query_projection"]
-    down, up = projection["down"]["kernel"], projection["up"]["kernel"]
-    norm = projection["norm"]["scale"], projection["norm"]["bias"]
-    keys = [torch.tensor(np.array(k, np.float64)) for k in frozen.memory["keys"][:task_index]] + [key]
-    blocks = [kind.read(frozen.bank, t) for t in range(task_index)]
-    blocks = [jax.tree.map(lambda x: torch.tensor(np.array(x, np.float64)), block) for block in blocks] + [slot]
-
-    def attention(pooled):
-        hidden = torch.nn.functional.silu(pooled @ down @ up)
-        query = torch.nn.functional.layer_norm(hidden, (CONFIG.d_model,), *norm, 1e-5)
-        scores = torch.stack([(query * k).sum(-1) / CONFIG.d_model**0.5 for k in keys], dim=-1)
-        return torch.softmax(scores, dim=-1)
-
-    table = hf.get_input_embeddings().weight
-    nll, count, mean_attention = 0.0, 0, 0.0
-    for row in range(len(batch["source"])):
-        source = torch.tensor(batch["source"][row][batch["source_mask"][row]], dtype=torch.long)
-        target = torch.tensor(batch["target"][row][batch["target_mask"][row]], dtype=torch.long)
-        a = attention(table[source].max(dim=0).values)
-        mean_attention = mean_attention + a / len(batch["source"])
-
-        def add_blocks(module, inputs, output, *, layer, name, a=a):
-            h = inputs[0]
-            for t, block in enumerate(blocks):
-                site = block["decoder"]["layers"]["self_attention"][name]
-                seen = h.detach() if kind.stop_gradient_through_bank and t < task_index else h
-                output = output + a[t] * (ALPHA / RANK) * (seen @ site["a"][layer]) @ site["b"][layer]
-            return output
-
-        ids = torch.cat([source, target])
-        embedded, read = table[ids], len(source)
-        if "prompt" in slot:
-            mixed = sum(a[t] * block["prompt"] for t, block in enumerate(blocks))
-            embedded, read = torch.cat([mixed, embedded]), len(mixed) + len(source)
-        hooks = []
-        for layer, module in enumerate(hf.model.layers if "decoder" in slot else ()):
-            for name, projected in (("query", module.self_attn.q_proj), ("value", module.self_attn.v_proj)):
-                hooks.append(projected.register_forward_hook(functools.partial(add_blocks, layer=layer, name=name)))
-        log_probabilities = torch.log_softmax(hf(inputs_embeds=embedded[None]).logits[0], dim=-1)
-        for hook in hooks:
-            hook.remove()
-        for place, token in enumerate(target):
-            nll = nll - log_probabilities[read - 1 + place, token]
-            count += 1
-    task_loss = nll / count
-    reflection = 0.0
-    for earlier in range(task_index):
-        g = torch.tensor(np.array(frozen.memory["reflection_targets"][earlier, : task_index + 1], np.float64))
-        now = attention(torch.tensor(np.array(samples.features[earlier, 0], np.float64)))
-        reflection = reflection + sum(
-            g[j] * (torch.log(g[j]) - torch.log(now[j])) for j in range(task_index + 1) if g[j] > 0
-        )
-    loss = task_loss + KL_RATIO * reflection
+def reference(method, frozen, trainable, batch, samples, task_index):
+    """Loss, reflection loss, mean attention and gradients in float64."""
+    slot, selector = jax.tree.map(lambda x: to_torch(x, requires_grad=True), (trainable.slot, trainable.selector))
+    written = Reference("llama", base_model(HF_CONFIG, frozen.base), method, frozen, slot, selector, task_index)
+    nll, tokens, attention = written.nll(batch)
+    reflection = written.reflection(np.array(samples.features[:, 0]))
+    loss = nll / tokens + KL_RATIO * reflection
     loss.backward()
-    loss, reflection = loss.detach(), torch.as_tensor(reflection).detach()
     zero = lambda x: np.zeros(x.shape) if x.grad is None else x.grad.numpy()  # noqa: E731
     gradient = Trainable(jax.tree.map(zero, slot), jax.tree.map(zero, selector))
-    return float(loss), float(reflection), mean_attention.detach().numpy(), gradient
+    attention = attention.detach().numpy() / len(batch["source"])
+    return float(loss.detach()), float(reflection.detach()), attention, gradient
 
 
 @pytest.mark.parametrize("task_index", [0, 1, 3])
@@ -175,7 +112,7 @@ def test_step_equals_the_written_out_reference(task_index, kind):
     method = tiny_method(**{**FIELDS, "pet": kind})
     frozen, trainable = make_state(task_index, method)
     batch, samples = make_batch(10 + task_index), make_samples(20 + task_index)
-    expected = reference(frozen, trainable, batch, samples, task_index, kind)
+    expected = reference(method, frozen, trainable, batch, samples, task_index)
     loss, reflection, attention, gradient = expected
     found, metrics = run_step(method, frozen, trainable, batch, samples, task_index)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
