@@ -1,5 +1,6 @@
 """One task: from where it starts to the trainable tree that scored best on dev."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -61,12 +62,13 @@ def fit(
     # Of all rows, also where epochs leave some out.
     period = config.train.eval_every_epochs * steps_per_epoch(len(task.train), config.train.batch_size)
     at = run.task(task_index, steps)
-    checkpoints = TaskCheckpoints(run.folder(task_index))
-    state, best, loop = _open(run, checkpoints, begin)
     place = f"task {task_index + 1}/{len(run.stream.tasks)} {task.name}"
     if run.kind != TRAIN:
         place += f", {run.kind}"
-    with TrainingProgress(run.console, place, steps, first_step=loop.step) as progress:
+    # However the task is left, what was saved on the way is on disk.
+    with TaskCheckpoints(run.folder(task_index)) as checkpoints, contextlib.ExitStack() as stack:
+        state, best, loop = _open(run, checkpoints, begin)
+        progress = stack.enter_context(TrainingProgress(run.console, place, steps, first_step=loop.step))
         curves = _Curves(run, task_index, place, progress)
         profiler = _Profiler(run)
         for batch in _batches(run, task_index, loop, steps) if not loop.finished else ():
@@ -94,11 +96,9 @@ def fit(
             if loop.finished:
                 break
             if stops:
-                checkpoints.close()
                 raise preemption.PreemptedError(f"after step {step} of {place}")
         profiler.close(state)
         curves.close()
-    checkpoints.close()
     return best
 
 

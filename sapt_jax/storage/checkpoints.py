@@ -146,6 +146,12 @@ class TaskCheckpoints:
             Loop(**{**restored["loop"], "buckets": tuple(map(tuple, restored["loop"]["buckets"]))}),
         )
 
+    def __enter__(self) -> "TaskCheckpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
     def close(self) -> None:
         """Waits for pending saves."""
         self._manager.wait_until_finished()
