@@ -24,18 +24,21 @@ class Mixture(struct.PyTreeNode):
       columns: [B, T*R], the scaled attention weight of every rank-one column, for each instance, or None.
       slot_columns: [T*R] bool, True on the slot's columns, or None. When given, gradients reach the layers
         below through the slot alone, as in the paper's released code.
-      prompt: [B, P, D], or None.
+      prompt: [B, P, D], or None. P may be the length of several prompts in a row.
+      prompt_mask: [B, P] bool, False on vectors that take no part, or None where all do. In T5 a distance counts all
+        vectors between, so that those must lie to the left of all others.
     """
 
     blocks: Any = None
     columns: jax.Array | None = None
     slot_columns: jax.Array | None = None
     prompt: jax.Array | None = None
+    prompt_mask: jax.Array | None = None
 
     def for_answers(self, answers: int) -> "Mixture":
         """The mixture of a decode step with `answers` rows for each source; the prompt is in the cache by then."""
         columns = None if self.columns is None else jnp.repeat(self.columns, answers, axis=0)
-        return self.replace(columns=columns, prompt=None)
+        return self.replace(columns=columns, prompt=None, prompt_mask=None)
 
 
 def layer_blocks(mixture: Mixture | None, *path: str) -> tuple[Any, Mixture | None]:
@@ -56,8 +59,8 @@ def put_prompt_before(mixture: Mixture | None, embeddings: jax.Array, mask: jax.
     if mixture is None or mixture.prompt is None:
         return embeddings, mask
     prompt = mixture.prompt.astype(embeddings.dtype)
-    seen = jnp.ones(prompt.shape[:2], mask.dtype)
-    return jnp.concatenate([prompt, embeddings], axis=1), jnp.concatenate([seen, mask], axis=1)
+    seen = jnp.ones(prompt.shape[:2], bool) if mixture.prompt_mask is None else mixture.prompt_mask
+    return jnp.concatenate([prompt, embeddings], axis=1), jnp.concatenate([seen.astype(mask.dtype), mask], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Pet(abc.ABC):
     """A kind of PET block.
 
     `kind` is its name in the config. `task_axes` says, for the name of each array of a block, where the bank has its
-    task axis. `prompt_length` is how many vectors the mixture puts before an input.
+    task axis. `prompt_length` is how many vectors a block puts before an input.
     """
 
     kind: ClassVar[str]

@@ -115,3 +115,38 @@ def test_prompt_takes_the_first_positions_whatever_the_padding():
     assert positions[:, :5].tolist() == [[0, 1, 2, 3, 4]] * 2
     assert positions[0, 7:].tolist() == [5, 6] and positions[1, 5:].tolist() == [5, 6, 7, 8]
     assert valid[0].tolist() == [True] * 5 + [False, False, True, True]
+
+
+def idle(rng, model, seen):
+    """A mixture of prompts before three rows, of which `seen` (a list of three numbers) take part, and the same ones
+    without the others."""
+    vectors = jnp.asarray(rng.standard_normal((3, 7, model.config.d_model)), jnp.float32)
+    mask = jnp.arange(7) >= 7 - jnp.asarray(seen)[:, None]
+    alone = [pet.Mixture(prompt=vectors[row : row + 1, 7 - count :]) for row, count in enumerate(seen)]
+    return pet.Mixture(prompt=vectors, prompt_mask=mask), alone
+
+
+@pytest.mark.parametrize("family", ["llama", "t5 v1.1", "umt5"])
+def test_vectors_that_take_no_part_change_nothing(family, tmp_path):
+    _, model, params, batch = load(family, tmp_path, seed=9)
+    mixture, alone = idle(np.random.default_rng(10), model, seen=[2, 7, 4])
+
+    def read(source, source_mask, target, target_mask, mixture):
+        variables = {"params": params}
+        taught = model.apply(variables, source, source_mask, target, target_mask, mixture)
+        logits, cache = model.apply(variables, source, source_mask, 2, mixture, method="prefill")
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return taught, logits, model.apply(variables, token, cache, mixture.for_answers(1), method="decode_step")[0]
+
+    inputs = [batch[name] for name in ("source", "source_mask", "target", "target_mask")]
+    found = jax.jit(read)(*inputs, mixture)
+    for row in range(3):
+        expected = jax.jit(read)(*(x[row : row + 1] for x in inputs), alone[row])
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours[row], theirs[0], atol=2e-5)
+
+
+def test_positions_count_the_vectors_that_take_part():
+    mixture = pet.Mixture(prompt=jnp.ones((2, 3, 4)), prompt_mask=jnp.asarray([[False, True, True], [True] * 3]))
+    _, valid = pet.put_prompt_before(mixture, jnp.zeros((2, 2, 4)), jnp.asarray([[False, True], [True, True]]))
+    assert positions_of(valid).tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, 3, 4]]
