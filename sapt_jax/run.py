@@ -15,6 +15,7 @@ from rich.console import Console
 from sapt_jax import sharding, state
 from sapt_jax.config import make_method
 from sapt_jax.data.batching import Layout
+from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.stream import Stream, load_stream
 from sapt_jax.decoding.answers import Ends
 from sapt_jax.methods import Method
@@ -67,7 +68,7 @@ class Run:
     @property
     def capacity(self) -> int:
         """Slots of the bank."""
-        return self.method.capacity(max(len(self.stream.tasks), self.config.pet.capacity))
+        return capacity_of(self.config, self.method, len(self.stream.tasks))
 
     def folder(self, task_index: int) -> epath.Path:
         """Where the checkpoints of a task lie."""
@@ -105,6 +106,11 @@ class Run:
         return frozen.replace(base=base, enabled=sharding.replicate(enabled, self.mesh))
 
 
+def capacity_of(config: ConfigDict, method: Method, num_tasks: int) -> int:
+    """Slots of the bank of a run of so many tasks."""
+    return method.capacity(max(num_tasks, config.pet.capacity))
+
+
 def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
     """The model without its weights, the tokenizer, and the tokenised tasks.
 
@@ -125,11 +131,12 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
             "config.model.tokenizer must be the one that the model was trained with."
         )
+    num_tasks = len(resolve_task_order(config.task_order, config.benchmark))
     stream = load_stream(
         config,
         tokenizer,
         padding_side=model.padding_side,
-        prompt_length=method.pet.prompt_length,
+        prompt_length=method.prompt_length(capacity_of(config, method, num_tasks)),
         with_pools=method.samples is not None,
     )
     return model, tokenizer, stream

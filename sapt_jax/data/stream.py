@@ -45,7 +45,7 @@ class Stream:
 
     Attributes:
       buckets: batch shapes; they count the source's own tokens.
-      prompt_length: of the soft prompt before every source.
+      prompt_length: of all soft prompts before a source.
       padding_side, pad_id: see `Layout`.
     """
 

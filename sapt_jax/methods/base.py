@@ -101,6 +101,10 @@ class Method(abc.ABC):
         """The slot that task `task_index` (0-based) trains."""
         return task_index
 
+    def prompt_length(self, capacity: int) -> int:
+        """Vectors that the mixture of a bank of `capacity` slots puts before an input; batches leave room for them."""
+        return self.pet.prompt_length
+
     def memory(self, parameters: Parameters, capacity: int) -> Tree:
         """The leaves (`state.Leaf`) that the method keeps between tasks, all zero before the first."""
         return {}

@@ -83,7 +83,8 @@ def programs_of(config: Any, mesh: Mesh) -> list[Program]:
         {"train.batch_size / accumulation": rows // config.train.accumulation, "eval.batch_size": asked}, mesh
     )
     method, rules = make_method(config), sharding.make_rules(config.mesh.rules)
-    source = _rounded(config.data.max_source_length, config.data.source_multiple, method.pet.prompt_length)
+    capacity = method.capacity(max(TASKS, config.pet.capacity))
+    source = _rounded(config.data.max_source_length, config.data.source_multiple, method.prompt_length(capacity))
     target = _rounded(config.data.max_target_length, config.data.target_multiple, 0)
     with nn.logical_axis_rules(rules):
         options = config.model
@@ -91,7 +92,7 @@ def programs_of(config: Any, mesh: Mesh) -> list[Program]:
         # A run's end token is the tokenizer's, which changes no figure.
         ends = Ends(config.eval.max_new_tokens, eos_id=1, pad_id=0)
         programs = make_programs(config, model, method, mesh, ends)
-        frozen = _frozen(config, model, method, mesh)
+        frozen = _frozen(config, model, method, capacity, mesh)
     batch, task, trainable = _batch((rows, source, target), mesh), _task(method, mesh), programs.state.trainable
     inputs = [_batch((asked, source, target), mesh)[name] for name in ("source", "source_mask")]
     samples = _samples(method, frozen, jax.eval_shape(programs.features, frozen.base, *inputs), mesh)
@@ -114,8 +115,7 @@ def _rounded(length: int, multiple: int, prompt: int) -> int:
     return -(-(length + prompt) // multiple) * multiple - prompt
 
 
-def _frozen(config: Any, model: nn.Module, method: Method, mesh: Mesh) -> Frozen:
-    capacity = method.capacity(max(TASKS, config.pet.capacity))
+def _frozen(config: Any, model: nn.Module, method: Method, capacity: int, mesh: Mesh) -> Frozen:
     leaves = method.frozen_leaves(parameters(model), capacity)
     base = sharding.abstract_params(model, mesh, DTYPES[config.model.param_dtype])
     return sharding.abstract(leaves, mesh).replace(base=base)
