@@ -16,6 +16,7 @@ NAMES = (
     "ewc",
     "single_task",
     "epi",
+    "prog_prompt",
 )
 
 
