@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -62,8 +63,8 @@ class Method(abc.ABC):
       pet: the kind of block.
       needs_task_id: `Task.rows` is told at test time.
       mixing: what the weights are, for exporters: "sum" of all blocks, each at weight 1; "one" block, the bank's only;
-        SAPT's "attention" over task keys; or "routed", by default: anything else that sums to 1. A method with a
-        `mixture` of its own says "sum" or "one" where after a task it answers with these blocks of the bank alone.
+        SAPT's "attention" over task keys; or "routed", by default: anything else. A method with a `mixture` of its own
+        says "sum" or "one" where after a task it answers with these blocks of the bank alone.
       samples: what the method wants of earlier tasks: "inputs", or None.
       pass_before, pass_after: the split that `measure` reads before and after a task, or None.
       rows_before: training inputs whose features `begin_task` is given.
@@ -113,18 +114,22 @@ class Method(abc.ABC):
         """The leaves that the method learns beside the block."""
         return {}
 
+    def block(self, parameters: Parameters) -> Tree:
+        """The leaves of what a slot holds: by default one block of PET."""
+        return self.pet.block(parameters)
+
     def frozen_leaves(self, parameters: Parameters, capacity: int) -> Frozen:
         """The leaves of the frozen tree with a bank of `capacity` slots; its base is None."""
         return Frozen(
             base=None,
-            bank=state.bank_of(self.pet.block(parameters), capacity),
+            bank=state.bank_of(self.block(parameters), capacity),
             enabled=Leaf((capacity,), (state.TASKS,), dtype=jnp.bool_),
             memory=self.memory(parameters, capacity),
         )
 
     def trainable_leaves(self, parameters: Parameters) -> Trainable:
         """The leaves of the trainable tree."""
-        return Trainable(self.pet.block(parameters), self.selector(parameters))
+        return Trainable(self.block(parameters), self.selector(parameters))
 
     def features(self, apply: Apply, base: Tree, source: jax.Array, source_mask: jax.Array) -> jax.Array:
         """What the method sees of inputs before it mixes: features [B, F] of source [B, S] and its mask."""
@@ -145,7 +150,10 @@ class Method(abc.ABC):
     def weights(
         self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task, training: bool
     ) -> jax.Array:
-        """Weights [..., T] that the blocks are mixed with: by default 1 on the own slot."""
+        """Weights [..., T] that the blocks are mixed with: by default 1 on the own slot.
+
+        A method with several parts in a slot, and a mixture of its own, may give a weight for each part instead.
+        """
         return own_slot(frozen, features, task.slot)
 
     def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, task: Task) -> Mixture:
@@ -157,12 +165,23 @@ class Method(abc.ABC):
     ) -> tuple[jax.Array, Logs]:
         """The loss of a batch, summed over its answers' tokens, and sums over its rows to log.
 
-        By default token cross-entropy in nats under the mixture, logged with the weights: attention [T].
+        By default that of `answer_loss`.
         """
-        source, mask = batch["source"], batch["source_mask"]
-        weights = self.weights(frozen, trainable, self.features(apply, frozen.base, source, mask), task, training=True)
+        features = self.features(apply, frozen.base, batch["source"], batch["source_mask"])
+        weights = self.weights(frozen, trainable, features, task, training=True)
+        return self.answer_loss(functools.partial(apply, rng=rng), frozen, trainable, weights, batch, task)
+
+    def answer_loss(
+        self, apply: Apply, frozen: Frozen, trainable: Trainable, weights: jax.Array, batch: Batch, task: Task
+    ) -> tuple[jax.Array, Logs]:
+        """Token cross-entropy in nats under the mixture of weights [B, T], logged with them: attention [T].
+
+        Args:
+          apply: with the batch's random numbers bound to it, for models that drop in training.
+        """
         mixture = self.mixture(frozen, trainable, weights, task)
-        logits = apply(frozen.base, source, mask, batch["target"], batch["target_mask"], mixture, rng=rng)
+        answers = (batch[name] for name in ("source", "source_mask", "target", "target_mask"))
+        logits = apply(frozen.base, *answers, mixture)
         nll, _ = token_cross_entropy(logits, batch["target"], batch["target_mask"])
         return nll, {"attention": jnp.sum(weights * real_rows(batch)[:, None], axis=0)}
 

@@ -96,11 +96,11 @@ def programs_of(config: Any, mesh: Mesh) -> list[Program]:
     batch, task, trainable = _batch((rows, source, target), mesh), _task(method, mesh), programs.state.trainable
     inputs = [_batch((asked, source, target), mesh)[name] for name in ("source", "source_mask")]
     samples = _samples(method, frozen, jax.eval_shape(programs.features, frozen.base, *inputs), mesh)
-    mixture = _mixture(method, frozen, trainable, task)
+    question = (frozen, trainable, *inputs, task)
+    mixture = _mixture(method, jax.eval_shape(programs.weights, *question), frozen, trainable, task)
     trained = model_flops.teacher_forced(model, mixture, source, target)
     decoded = model_flops.decoded(model, mixture, source, ends.new_tokens, config.eval.beams)
     training, penalised = (frozen, programs.state, batch, samples, task), (frozen, trainable, samples, task)
-    question = (frozen, trainable, *inputs, task)
     penalty = [Program("reflection", _penalty(method), penalised, rules)] if method.uses("penalty") else []
     return [
         Program("train", programs.train_step, training, rules, rows * trained.train),
@@ -145,9 +145,12 @@ def _samples(method: Method, frozen: Frozen, features: jax.ShapeDtypeStruct, mes
     )
 
 
-def _mixture(method: Method, frozen: Frozen, trainable: Trainable, task: Task) -> Mixture:
-    weights = jax.ShapeDtypeStruct((1, frozen.enabled.shape[0]), jnp.float32)
-    return jax.eval_shape(method.mixture, frozen, trainable, weights, task)
+def _mixture(
+    method: Method, weights: jax.ShapeDtypeStruct, frozen: Frozen, trainable: Trainable, task: Task
+) -> Mixture:
+    """The mixture of one row."""
+    of_row = jax.ShapeDtypeStruct((1, *weights.shape[1:]), weights.dtype)
+    return jax.eval_shape(method.mixture, frozen, trainable, of_row, task)
 
 
 def _penalty(method: Method) -> Callable:
