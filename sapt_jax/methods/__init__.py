@@ -17,6 +17,7 @@ NAMES = (
     "single_task",
     "epi",
     "prog_prompt",
+    "l2p",
 )
 
 
