@@ -1,5 +1,6 @@
 """One pass over a split: what a jitted function says of every row, or the sums of what it says of every batch."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,10 +44,16 @@ def sum_batches(
     """The sum over a split's batches of the tree that `function(batch)` gives, in float64 on the host.
 
     A batch has `source` [B, S], `target` [B, L] and their masks, which are False on the rows that fill it up. What
-    `function` gives is whole on every device.
+    `function` gives is whole on every device. A batch's sums are fetched when the next one is dispatched: no more than
+    two batches' are held at a time.
     """
-    sums = [function(place_batch(batch, mesh)) for _, batch in eval_batches(split, layout, Share(*own_slice(mesh)))]
-    return jax.tree.map(lambda *parts: np.sum([np.asarray(part, np.float64) for part in parts], axis=0), *sums)
+    batches = eval_batches(split, layout, Share(*own_slice(mesh)))
+    parts = (function(place_batch(batch, mesh)) for _, batch in batches)
+    total = None
+    for part, _ in itertools.pairwise(itertools.chain(parts, (None,))):
+        part = jax.tree.map(lambda x: np.asarray(x, np.float64), part)
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    return total
 
 
 def _gather(rows: jax.Array | np.ndarray) -> np.ndarray:

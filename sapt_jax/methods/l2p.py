@@ -4,6 +4,7 @@ Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022 (arXiv 2112.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -86,7 +87,7 @@ class L2p(Sequential):
         """
         query, real = self.features(apply, frozen.base, batch["source"], batch["source_mask"]), real_rows(batch)
         weights = self.weights(frozen, trainable, query, task, training=True)
-        nll, logs = self.answer_loss(apply, frozen, trainable, weights, batch, task)
+        nll, logs = self.answer_loss(functools.partial(apply, rng=rng), frozen, trainable, weights, batch, task)
         alike = jnp.sum(weights * cosines(query, trainable.selector["keys"]) * real[:, None])
         per_token = batch["target_mask"].sum() / jnp.maximum(real.sum(), 1)
         return nll - self.pull * per_token * alike, {**logs, "cosines": alike}
