@@ -267,3 +267,21 @@ def scan_layers(block: type[nn.Module], length: int, in_axes: Any, remat: str) -
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def first_layers(block: nn.Module, params: Any, count: int, carry: Any, scanned: Any, *shared: Any) -> Any:
+    """The carry after the first `count` layers of a stack made by `scan_layers`; no other layer is computed.
+
+    Args:
+      block: one layer, unbound (`parent=None`).
+      params: of the stack, each with the axis of layers first.
+      scanned: inputs of which every layer has its own, in the same way.
+      shared: inputs that follow them.
+    """
+
+    def layer(number: jax.Array, carry: Any) -> Any:
+        # An index into the stack, since a slice of it would be a copy.
+        own, inputs = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), (params, scanned))
+        return block.apply({"params": own}, carry, *inputs, *shared)[0]
+
+    return jax.lax.fori_loop(0, count, layer, carry)

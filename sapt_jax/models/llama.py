@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, part, scan_layers
+from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, first_layers, part, scan_layers
 from sapt_jax.models.rope import rotate, rotations
 from sapt_jax.models.shapes import LlamaConfig
 from sapt_jax.pet import Mixture, layer_blocks, put_prompt_before
@@ -124,6 +124,12 @@ class Decoder(nn.Module):
         (x, key, value, _), written = self.layers(carry, blocks, shared, rotation, valid, write)
         return self.decoder_norm(x), written, (key, value)
 
+    def first(self, count: int, x: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
+        """What the first `count` bare layers make of x [B, L, D], before any final norm."""
+        block = Block(self.config, self.dtype, self.kernel, parent=None)
+        carry, rest = (x, None, None, jnp.zeros((), jnp.int32)), (rotations(self.config, positions), valid, None)
+        return first_layers(block, self.layers.variables["params"], count, carry, (None,), None, *rest)[0]
+
 
 class Llama(nn.Module):
     """The language model. With `pet=None` it is the plain pretrained model, and its tree holds nothing else."""
@@ -144,10 +150,15 @@ class Llama(nn.Module):
         """Token embeddings [B, L, D], as the shared attention pools them."""
         return self.token_embedder(ids)
 
-    def encode(self, source: jax.Array, source_mask: jax.Array) -> jax.Array:
-        """What the model makes of a source by itself: its last hidden states [B, S, D], after the final norm."""
-        states, _, _ = self.decoder(self.embed(source), positions_of(source_mask), source_mask, None)
-        return states
+    def encode(self, source: jax.Array, source_mask: jax.Array, layers: int | None = None) -> jax.Array:
+        """What the model makes of a source by itself: its last hidden states [B, S, D], after the final norm.
+
+        With a number of `layers`, the states after so many, or after all where there are fewer, before any final norm.
+        """
+        x, positions = self.embed(source), positions_of(source_mask)
+        if layers is None:
+            return self.decoder(x, positions, source_mask, None)[0]
+        return self.decoder.first(min(layers, self.config.num_layers), x, positions, source_mask)
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Normed states [B, L, D] -> [B, L, V] float32."""

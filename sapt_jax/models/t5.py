@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, Mlp, RMSNorm, drop, part, scan_layers
+from sapt_jax.models.layers import (
+    Attention,
+    Embedding,
+    GatedMlp,
+    LogitsDense,
+    Mlp,
+    RMSNorm,
+    drop,
+    first_layers,
+    part,
+    scan_layers,
+)
 from sapt_jax.models.shapes import T5Config
 from sapt_jax.pet import Mixture, layer_blocks, put_prompt_before
 from sapt_jax.sharding import CACHE, CROSS_CACHE, STATES, constrain
@@ -226,16 +237,28 @@ class Encoder(nn.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array, pet: Mixture | None) -> jax.Array:
         """x [B, L, D], mask [B, L] -> normed states [B, L, D]."""
-        c = self.config
         blocks, shared = layer_blocks(pet, "encoder", "layers")
-        positions = jnp.arange(x.shape[1])
-        buckets = relative_buckets(
-            positions[None, :] - positions[:, None], True, c.relative_buckets, c.relative_max_distance
-        )
-        bias = self.relpos_bias(buckets)
+        buckets, bias = self._positions(x.shape[1])
         x = drop(self, self.dropout, x)
         x, _ = self.layers(x, blocks, bias, shared, buckets, mask[:, None, None, :])
         return drop(self, self.dropout, self.encoder_norm(x))
+
+    def first(self, count: int, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """What the first `count` bare layers make of x [B, L, D], before any final norm."""
+        c = self.config
+        buckets, bias = self._positions(x.shape[1])
+        own, whole = ((bias,), ()) if c.bias_per_layer else ((), (bias,))
+        rest = (None, buckets, mask[:, None, None, :])
+        block = EncoderBlock(c, self.dtype, parent=None)
+        params = self.layers.variables["params"]
+        return first_layers(block, params, count, x, (None, *own), *whole, *rest)
+
+    def _positions(self, length: int) -> tuple[jax.Array, jax.Array]:
+        """Buckets [L, L] of distances, and the bias of them, or the layers' tables of it."""
+        c, positions = self.config, jnp.arange(length)
+        distance = positions[None, :] - positions[:, None]
+        buckets = relative_buckets(distance, True, c.relative_buckets, c.relative_max_distance)
+        return buckets, self.relpos_bias(buckets)
 
 
 class Decoder(nn.Module):
@@ -312,9 +335,14 @@ class T5(nn.Module):
         """Token embeddings [B, L, D], as the shared attention pools them."""
         return self.token_embedder(ids)
 
-    def encode(self, source: jax.Array, source_mask: jax.Array) -> jax.Array:
-        """What the encoder makes of a source by itself: its last hidden states [B, S, D], after the final norm."""
-        return self.encoder(self.embed(source), source_mask, None)
+    def encode(self, source: jax.Array, source_mask: jax.Array, layers: int | None = None) -> jax.Array:
+        """What the encoder makes of a source by itself: its last hidden states [B, S, D], after the final norm.
+
+        With a number of `layers`, the states after so many, or after all where there are fewer, before any final norm.
+        """
+        if layers is None:
+            return self.encoder(self.embed(source), source_mask, None)
+        return self.encoder.first(min(layers, self.config.num_encoder_layers), self.embed(source), source_mask)
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Normed decoder states [B, L, D] -> [B, L, V] float32."""
