@@ -4,30 +4,26 @@ Wang et al., "Rehearsal-free Continual Language Learning via Efficient Parameter
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sapt_jax import state
-from sapt_jax.methods.base import Apply, Batch, Method, own_slot, real_rows
+from sapt_jax.methods.base import Apply, Batch, real_rows
 from sapt_jax.methods.pooling import mean_over_tokens
+from sapt_jax.methods.routed import HIGHEST, Routed
 from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
-class Epi(Method):
+class Epi(Routed):
     """Each task trains its block alone; a test input takes the block whose task's mean is nearest (Mahalanobis).
 
     In `memory` are the tasks' mean features [T, D], the sum of their covariances [D, D], and its pseudo-inverse: one
     covariance for all tasks. Generation has no classes, so that a task has one mean. Sums are exact: the order of tasks
     does not matter. What a mean over tasks would divide by changes no choice and is left out.
     """
-
-    pass_after: ClassVar[str | None] = "train"
 
     def memory(self, parameters: Parameters, capacity: int) -> Tree:
         width = parameters["token_embedder/embedding"].shape[1]
@@ -38,14 +34,11 @@ class Epi(Method):
         """The mean [B, D] over tokens of the bare model's last hidden states; of the encoder, where there is one."""
         return mean_over_tokens(apply(base, source, source_mask, method="encode"), source_mask)
 
-    def weights(
-        self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task, training: bool
-    ) -> jax.Array:
-        """1 on the own slot while the task trains, its dev scores included, and on the nearest task's afterwards."""
+    def fit_of_slots(self, frozen: Frozen, features: jax.Array) -> jax.Array:
+        """Minus the Mahalanobis distances of the tasks' means."""
         apart = features[..., None, :] - frozen.memory["means"]
         whitened = jnp.einsum("...TD,DE->...TE", apart, frozen.memory["precision"], precision=HIGHEST)
-        distances = jnp.where(state.active_slots(frozen, task), jnp.sum(whitened * apart, axis=-1), jnp.inf)
-        return own_slot(frozen, features, jnp.where(training | (task.steps > 0), task.slot, distances.argmin(axis=-1)))
+        return -jnp.sum(whitened * apart, axis=-1)
 
     def measure(self, apply: Apply, frozen: Frozen, trainable: Trainable, batch: Batch, task: Task) -> Tree:
         """Sums of the features [D] and of their outer products [D, D], and the number of rows."""
