@@ -18,6 +18,7 @@ NAMES = (
     "epi",
     "prog_prompt",
     "l2p",
+    "any_ssr",
 )
 
 
