@@ -68,7 +68,7 @@ def fake_apply(features):
     """A model whose last states are `features`, and whose logits depend on the prompt alone."""
     head = jnp.asarray(np.random.default_rng(4).normal(size=(WIDTH, 11)), jnp.float32)
 
-    def apply(base, source, mask, *rest, method=None):
+    def apply(base, source, mask, *rest, method=None, rng=None):
         if method == "encode":
             return jnp.broadcast_to(features[:, None], (*source.shape, WIDTH))
         target, _, mixture = rest

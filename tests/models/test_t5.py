@@ -11,8 +11,9 @@ from flax.core import meta
 
 from sapt_jax import pet
 from sapt_jax.methods.losses import token_cross_entropy
+from sapt_jax.models.relative_bias import relative_buckets
 from sapt_jax.models.shapes import T5_VARIANTS, T5Config, t5_config_from_hf
-from sapt_jax.models.t5 import T5, relative_buckets
+from sapt_jax.models.t5 import T5
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config
 from tests.helpers.t5_reference import GENERATIONS, VOCAB, make_batch, make_reference, reference_logits, save, torch
 from tests.helpers.trees import random_bank
