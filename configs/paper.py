@@ -50,7 +50,8 @@ def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
     reflection loss out of a task's first update, and corrects the bias of AdamW's moments after epsilon is added. It
     evaluates at whole periods alone, not at a task's end, and keeps the first of the checkpoints that score best. Its
     loss is a mean over micro-batches of their own means, and the updates of an epoch are rounded down. T5
-    trains with its own dropout.
+    trains with its own dropout. Reflection targets are rounded to bfloat16. LLaMA's padding is the beginning token, and
+    an end token follows its pseudo-samples.
     """
     if protocol == "released":
         is_llama = c.pseudo_samples.dir.endswith("_llama")
@@ -64,6 +65,8 @@ def apply_protocol(c: ConfigDict, protocol: str) -> ConfigDict:
         c.train.evaluate_at_end = False
         c.train.best_of_equals = "first"
         c.optimizer.name = "hf_adamw"
+        c.sapt.round_targets = True
+        c.pseudo_samples.pool_answers = c.data.pad_with_bos = is_llama
         c.sapt.reflect_in_first_update = False
         c.data.truncation = "end"
         c.data.references = "random"

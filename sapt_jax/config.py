@@ -72,6 +72,11 @@ _PSEUDO_SAMPLES = {
     "dir": Setting("lora_gen_superni_t5", "Of the files: a folder, or one in DATA_DIR/generated_data."),
     "ratio": Setting(0.02, "Samples of a task, as a share of its training rows.", NOT_NEGATIVE),
     "minimum": Setting(4, "At least so many.", NOT_NEGATIVE),
+    "pool_answers": Setting(
+        False,
+        "The reflection loss sees their answers and end tokens beside prompts, as in the released code for LLaMA.",
+        protocol=True,
+    ),
 }
 # The values are the released code's, which also adds tokens to the vocabulary and a repetition penalty of 2.5.
 _WRITER = {
@@ -102,6 +107,11 @@ _DATA = {
         "first", "Which of several references is trained on.", choices=("first", "random"), protocol=True
     ),
     "add_bos": Setting(None, "Whether prompts begin with it; None: the tokenizer's own.", of_type=bool, protocol=True),
+    "pad_with_bos": Setting(
+        False,
+        "Padding is the beginning token, as in the released code for LLaMA; sapt.pool_padding alone sees it.",
+        protocol=True,
+    ),
     "dev_size": Setting(100, "Training rows set aside for dev.", NOT_NEGATIVE, protocol=True),
     "dev_is_test": Setting(False, "Choose the best checkpoint on the test set, as the released code.", protocol=True),
     "max_train": Setting(0, "Instances of each task; 0 takes all.", NOT_NEGATIVE, protocol=True),
@@ -288,6 +298,11 @@ def check_config(config: ConfigDict) -> None:
     window = config.train.profile_steps
     if window and not (len(window) == 2 and 0 < window[0] <= window[1]):
         raise ValueError(f"config.train.profile_steps={window!r} must be (first, last) step, counted from 1.")
+    if config.pseudo_samples.pool_answers and config.pseudo_samples.source == "generate":
+        raise ValueError(
+            'config.pseudo_samples.pool_answers: samples that the model writes (source="generate") are pooled as '
+            "prompts alone; set it to False."
+        )
     check_rates(config.optimizer.rates)
     method = make_method(config)
     if method.needs_task_id and config.eval.unseen_tasks:

@@ -126,6 +126,10 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
     # What blocks go on is known before data is read.
     method.trainable_leaves(parameters(model))
     tokenizer = load_tokenizer(options.tokenizer or resolve_path(options.path))
+    if config.data.pad_with_bos:
+        if tokenizer.bos_id is None:
+            raise ValueError("config.data.pad_with_bos: the tokenizer has no beginning token; set it to False.")
+        tokenizer = dataclasses.replace(tokenizer, pad_id=tokenizer.bos_id)
     if tokenizer.vocab_size > shape.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "

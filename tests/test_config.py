@@ -35,7 +35,7 @@ NOT_NEGATIVE = (
     "data.dev_size", "data.max_train", "data.max_dev", "data.max_test", "data.prefetch_threads",
     "data.prefetch_batches", "train.max_steps", "train.patience", "train.checkpoint_every_steps",
     "optimizer.learning_rate", "optimizer.warmup_steps", "pseudo_samples.writer.learning_rate",
-    "pseudo_samples.writer.top_k",
+    "pseudo_samples.writer.top_k", "model.dropout",
 )  # fmt: skip
 CHOICES = {
     "pseudo_samples.source": ("generate", "files", "train", "none"),
@@ -50,6 +50,9 @@ CHOICES = {
     "data.on_long_target": ("cut", "error"),
     "data.references": ("first", "random"),
     "data.on_bad_instance": ("skip_empty", "keep", "skip", "error"),
+    "train.loss_mean": ("tokens", "micro_batches"),
+    "train.partial_batch": ("fill", "drop"),
+    "train.best_of_equals": ("last", "first"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "eval.references": ("best", "first", "random"),
 }
@@ -154,6 +157,10 @@ def test_what_does_not_go_together_is_named():
         ),
         ({"train.profile_steps": (3, 2)}, r"config.train.profile_steps=\(3, 2\) must be \(first, last\) step"),
         ({"optimizer.rates": (("(", 1.0),)}, "config.optimizer.rates: "),
+        (
+            {"pseudo_samples.pool_answers": True, "pseudo_samples.source": "generate"},
+            "config.pseudo_samples.pool_answers: samples that the model writes",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             check_config(changed(**changes))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sapt_jax.data.encoding import EncodedSplit, encode_split
+from sapt_jax.data.encoding import EncodedSplit, Ragged, encode_split
 from sapt_jax.data.prompts import EncodingRules, Tokenizer
 from sapt_jax.data.sources.task_files import definition_of, instances_of, task_rng
 from sapt_jax.data.task import Instance, Task, read_json
@@ -72,6 +72,7 @@ class PoolOrigin:
       source: one of `PSEUDO_SOURCES`.
       folder: `{pseudo_dir}/{benchmark folder}`, which the source "files" reads; else None.
       share, minimum, seed: of the source "train", which takes real training inputs, see `sample_train_inputs`.
+      with_answers: see `encode_pseudo_samples`.
     """
 
     source: str
@@ -79,6 +80,7 @@ class PoolOrigin:
     share: float
     minimum: int
     seed: int
+    with_answers: bool = False
 
     def __post_init__(self):
         if self.source not in PSEUDO_SOURCES:
@@ -97,10 +99,18 @@ def load_pseudo_samples(task: Task, origin: PoolOrigin) -> PseudoSamples | None:
 
 
 def encode_pseudo_samples(
-    samples: PseudoSamples, *, template: str, tokenizer: Tokenizer, rules: EncodingRules
+    samples: PseudoSamples, *, template: str, tokenizer: Tokenizer, rules: EncodingRules, with_answers: bool = False
 ) -> EncodedSplit:
-    """Tokenises a pool with the same template and rules as real data. The reflection loss reads `.sources` alone."""
+    """Tokenises a pool with the same template and rules as real data. The reflection loss reads `.sources` alone.
+
+    Args:
+      with_answers: each source goes on with its answer, "" where it has none, and the end token.
+    """
     first_answer = dataclasses.replace(rules, references="first", on_long_target="cut")
-    return encode_split(
+    split = encode_split(
         samples.instances, definition=samples.definition, template=template, tokenizer=tokenizer, rules=first_answer
     )
+    if not with_answers:
+        return split
+    rows = [np.concatenate([split.sources[row], split.targets[row]]) for row in range(len(split))]
+    return dataclasses.replace(split, sources=Ragged.from_rows(rows))

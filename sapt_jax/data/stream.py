@@ -149,7 +149,10 @@ def load_stream(
 
 def _encode(task: Task, pools: PoolOrigin | None, *, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:
     samples = load_pseudo_samples(task, pools) if pools else None
-    pseudo = samples and encode_pseudo_samples(samples, template=task.prompt, tokenizer=tokenizer, rules=rules)
+    with_answers = pools is not None and pools.with_answers
+    pseudo = samples and encode_pseudo_samples(
+        samples, template=task.prompt, tokenizer=tokenizer, rules=rules, with_answers=with_answers
+    )
     train, dev, test = (
         encode_split(instances, definition=task.definition, template=task.prompt, tokenizer=tokenizer, rules=rules)
         for instances in (task.train, task.dev, task.test)
@@ -162,4 +165,5 @@ def _pool_origin(config: ConfigDict) -> PoolOrigin:
     if options.source == "files":
         root = find_pseudo_dir(options.dir, resolve_data_dir(config.data_dir))
         folder = root / BENCHMARKS[config.benchmark].folder
-    return PoolOrigin(options.source, folder, options.ratio, options.minimum, config.data.seed)
+    sample = (options.ratio, options.minimum, config.data.seed)
+    return PoolOrigin(options.source, folder, *sample, with_answers=options.pool_answers)

@@ -50,6 +50,7 @@ class Sapt(Method):
     reflect_in_first_update: bool = setting(
         True, "A task's first update has the reflection loss too; the released code leaves it out.", protocol=True
     )
+    round_targets: bool = setting(False, "Reflection targets in bfloat16, as the released code.", protocol=True)
     warm_start_steps: int = setting(
         0, "Updates of key and query projection alone before a task's first step; not in the paper.", NOT_NEGATIVE
     )
@@ -172,7 +173,8 @@ class Sapt(Method):
 
     def summarise(self, memory: Tree, totals: Tree) -> Tree:
         """The task's reflection target [T]."""
-        return totals["attention"] / np.maximum(totals["rows"], 1)
+        target = totals["attention"] / np.maximum(totals["rows"], 1)
+        return target.astype(jnp.bfloat16).astype(np.float64) if self.round_targets else target
 
     def end_task(self, frozen: Frozen, trainable: Trainable, found: Tree | None, task: Task) -> Frozen:
         """Block, key and reflection target become part of the frozen tree."""

@@ -39,6 +39,12 @@ def test_files_carry_their_generated_definition_and_empty_outputs(tmp_path):
         pool.instances, definition="Do  it .", template="superni", tokenizer=tokenizer, rules=rules(seed=5)
     )
     np.testing.assert_array_equal(encoded.sources.ids, as_data.sources.ids)
+    # The end token of the empty answer may be pooled too.
+    longer = encode_pseudo_samples(
+        pool, template="superni", tokenizer=tokenizer, rules=rules(), with_answers=True
+    ).sources
+    for row in range(2):
+        assert longer[row].tolist() == [*encoded.sources[row], tokenizer.eos_id]
     assert [encoded.targets[i].tolist() for i in range(2)] == [[tokenizer.eos_id]] * 2
 
 

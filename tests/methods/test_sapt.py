@@ -133,9 +133,13 @@ def test_the_reflection_target_is_the_mean_attention_of_real_rows():
     source = np.array([[3], [50], [0], [7]], np.int32)
     batch = {"source": source, "source_mask": source > 0}
     totals = method.measure(apply, frozen, second, batch, at(1))
-    target = method.summarise({}, jax.tree.map(lambda x: np.asarray(x, np.float64), totals))
+    totals = jax.tree.map(lambda x: np.asarray(x, np.float64), totals)
+    target = method.summarise({}, totals)
     rows = np.exp(method.log_weights(frozen, second, table[source[[0, 1, 3], 0]], at(1)))
     np.testing.assert_allclose(target, rows.mean(axis=0), rtol=1e-6)
+    rounded = dataclasses.replace(method, round_targets=True).summarise({}, totals)
+    np.testing.assert_array_equal(rounded, np.asarray(jnp.asarray(target, jnp.bfloat16), np.float64))
+    assert not np.array_equal(rounded, target)
 
 
 def test_the_selector_is_what_the_attention_module_declares():
