@@ -11,7 +11,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sapt_jax import sharding, state
-from sapt_jax.config import check_config, check_same_run, make_method, protocol_of, record_config
+from sapt_jax.config import (
+    check_config,
+    check_same_run,
+    flatten,
+    make_method,
+    protocol_of,
+    record_config,
+    upgrade,
+)
 from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.stream import split_names
 from sapt_jax.evaluation import test
@@ -197,7 +205,7 @@ def _single_task_scores(config: ConfigDict, names: tuple[str, ...]) -> dict[str,
     protocol = {
         name: value for name, value in protocol_of(config).items() if not name.startswith((config.method, "needs"))
     }
-    scores = read_single_task_scores(workdirs, protocol)
+    scores = read_single_task_scores(workdirs, protocol, lambda written: upgrade(flatten(written)))
     missing = [name for name in names if name not in scores]
     if workdirs and missing:
         raise ValueError(f"config.eval.single_task_runs has no run of {', '.join(missing)}.")

@@ -58,7 +58,10 @@ class Ewc(Sequential):
 
         def nll(slot: Tree, row: Batch) -> jax.Array:
             alone, moved = jax.tree.map(lambda x: x[None], row), trainable.replace(slot=slot)
-            total, _ = self.task_loss(apply, jax.random.key(0), frozen, moved, alone, task)
+            # The model as it answers: nothing is dropped.
+            features = self.features(apply, frozen.base, alone["source"], alone["source_mask"])
+            weights = self.weights(frozen, moved, features, task, training=True)
+            total, _ = self.answer_loss(apply, frozen, moved, weights, alone, task)
             return total / jnp.maximum(row["target_mask"].sum(), 1) if self.row_loss == "mean" else total
 
         def add(squares: Tree, rows: Batch) -> tuple[Tree, None]:

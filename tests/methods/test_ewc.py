@@ -42,7 +42,7 @@ def test_squared_gradients_of_a_softmax_on_a_prompt_equal_numpy(row_loss):
     method = Ewc(Prompt(2), row_loss=row_loss, rows_at_once=4)
     table, out = (np.random.default_rng(1).normal(size=shape) for shape in ((100, WIDTH), (2, WIDTH, TOKENS)))
 
-    def apply(base, source, *rest, method=None):
+    def apply(base, source, *rest, method=None, rng=None):
         embedded = jnp.asarray(table, jnp.float32)[source]
         if method == "embed":
             return embedded
@@ -150,7 +150,7 @@ def test_a_stopped_run_goes_on_with_what_it_measured(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         sum_batches = continual.sum_batches
         patch.setattr(
-            continual, "sum_batches", lambda f, rows, at: measured.append(len(rows)) or sum_batches(f, rows, at)
+            continual, "sum_batches", lambda f, rows, *at: measured.append(len(rows)) or sum_batches(f, rows, *at)
         )
         scores = continual.run(config, tmp_path / "whole")
     assert measured == [10, 10]
