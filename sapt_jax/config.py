@@ -20,7 +20,7 @@ from sapt_jax.methods import METHODS, Method
 from sapt_jax.models.families import DTYPES
 from sapt_jax.models.kernels import KERNELS
 from sapt_jax.models.layers import REMAT
-from sapt_jax.optimization import SCHEDULES, check_rates
+from sapt_jax.optimization import SCHEDULES, check_options, check_rates
 from sapt_jax.pet.lora import QUERY_AND_VALUE
 from sapt_jax.results.metrics import REFERENCE_CHOICES
 from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, Setting, settings_of
@@ -303,6 +303,7 @@ def check_config(config: ConfigDict) -> None:
             'config.pseudo_samples.pool_answers: samples that the model writes (source="generate") are pooled as '
             "prompts alone; set it to False."
         )
+    check_options(config.optimizer.options)
     check_rates(config.optimizer.rates)
     method = make_method(config)
     if method.needs_task_id and config.eval.unseen_tasks:

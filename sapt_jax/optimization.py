@@ -84,6 +84,24 @@ def check_rates(rates: Rates) -> None:
         )
 
 
+def check_options(options: Sequence[tuple[str, Any]]) -> None:
+    """Checks the form of an optimizer's options.
+
+    Raises:
+      ValueError: names every entry that is no pair of a name and a value.
+    """
+    problems = [
+        repr(option)
+        for option in options
+        if not (isinstance(option, list | tuple) and len(option) == 2 and isinstance(option[0], str))
+    ]
+    if problems:
+        raise ValueError(
+            f"config.optimizer.options: {', '.join(problems)} cannot be. An entry is a pair of a name and a value, as "
+            "in --config.optimizer.options=\"(('weight_decay', 0.1),)\"."
+        )
+
+
 def hf_adamw(
     learning_rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
@@ -121,10 +139,11 @@ def _find(name: str, options: Mapping[str, Any]) -> Any:
             f"config.optimizer.name={name!r} is no optimizer of optax: choose one, such as adamw or sgd, "
             f"or {', '.join(_OWN)}."
         )
-    if unknown := sorted(set(options) - set(known)):
+    others = [option for option in known if option != "learning_rate"]
+    if unknown := sorted(set(options) - set(others)):
         raise ValueError(
-            f"config.optimizer.options: {name} takes no {', '.join(unknown)}; it takes "
-            f"{', '.join(option for option in known if option != 'learning_rate')}."
+            f"config.optimizer.options: {name} takes no {', '.join(unknown)}; it takes {', '.join(others)}. "
+            '--config.optimizer.options="()" leaves all at their defaults.'
         )
     return lambda rate: function(learning_rate=rate, **options)
 

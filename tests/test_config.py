@@ -161,6 +161,7 @@ def test_what_does_not_go_together_is_named():
             {"pseudo_samples.pool_answers": True, "pseudo_samples.source": "generate"},
             "config.pseudo_samples.pool_answers: samples that the model writes",
         ),
+        ({"optimizer.options": ("weight_decay", 0.1)}, "config.optimizer.options: 'weight_decay', 0.1 cannot be"),
     ):
         with pytest.raises(ValueError, match=message):
             check_config(changed(**changes))

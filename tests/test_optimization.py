@@ -155,6 +155,7 @@ def test_any_optimizer_of_optax_by_its_name(name):
         ("adamv", {}, "config.optimizer.name='adamv' is no optimizer of optax"),
         ("apply_updates", {}, "is no optimizer of optax"),
         ("sgd", {"b1": 0.9}, "config.optimizer.options: sgd takes no b1; it takes momentum"),
+        ("adamw", {"learning_rate": 0.1}, "config.optimizer.options: adamw takes no learning_rate"),
     ],
 )
 def test_an_unknown_optimizer_or_option_is_an_error(name, options, message):
