@@ -27,6 +27,10 @@ class Routed(Method):
     def weights(
         self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task, training: bool
     ) -> jax.Array:
-        """1 on the own slot while the task trains, its dev scores included, and on the best fit's afterwards."""
+        """1 on the own slot while the task trains, its dev scores included, and on the best fit's afterwards.
+
+        Zero everywhere where every task so far is withdrawn.
+        """
         fit = jnp.where(state.active_slots(frozen, task), self.fit_of_slots(frozen, features), -jnp.inf)
-        return own_slot(frozen, features, jnp.where(training | (task.steps > 0), task.slot, fit.argmax(axis=-1)))
+        chosen = jnp.where(training | (task.steps > 0), task.slot, fit.argmax(axis=-1))
+        return own_slot(frozen, features, chosen) * frozen.enabled

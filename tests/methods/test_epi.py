@@ -91,6 +91,14 @@ def test_a_task_in_training_takes_its_own_block_whatever_the_input():
     assert choices(frozen, rows, 0).tolist() == [0]
 
 
+def test_a_withdrawn_task_answers_nothing_also_where_it_is_the_only_one():
+    frozen = learned(clusters(3)[:2])
+    frozen = frozen.replace(enabled=jnp.asarray([False, True, True]))
+    rows = frozen.memory["means"][:1]
+    assert choices(frozen, rows, 1).tolist() == [1]
+    assert METHOD.weights(frozen, None, rows, at(0, steps=0), training=False).tolist() == [[0.0, 0.0, 0.0]]
+
+
 def test_fewer_rows_than_features_are_enough():
     tasks = [features[:7] for features in clusters(4)]
     frozen = learned(tasks)
