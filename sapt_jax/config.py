@@ -166,7 +166,7 @@ _TRAIN = {
     "log_every_steps": Setting(10, "Steps of an interval of the curves.", POSITIVE, free=True),
     "checkpoint_every_steps": Setting(500, "Besides at every evaluation; 0 is never.", NOT_NEGATIVE, free=True),
     "profile_steps": Setting(
-        (), "(first, last) step of the first task trained that the profiler records; empty is none.", free=True
+        (), "(first, last) step of every task trained that the profiler records; empty is none.", free=True
     ),
 }
 _OPTIMIZER = {
@@ -296,7 +296,7 @@ def check_config(config: ConfigDict) -> None:
             f"config.train.accumulation={config.train.accumulation}: choose one that is."
         )
     window = config.train.profile_steps
-    if window and not (len(window) == 2 and 0 < window[0] <= window[1]):
+    if window and not (all(type(step) is int for step in window) and len(window) == 2 and 0 < window[0] <= window[1]):
         raise ValueError(f"config.train.profile_steps={window!r} must be (first, last) step, counted from 1.")
     if config.pseudo_samples.pool_answers and config.pseudo_samples.source == "generate":
         raise ValueError(

@@ -156,6 +156,7 @@ def test_what_does_not_go_together_is_named():
             "config.train.batch_size=12 is not a multiple of config.train.accumulation=5",
         ),
         ({"train.profile_steps": (3, 2)}, r"config.train.profile_steps=\(3, 2\) must be \(first, last\) step"),
+        ({"train.profile_steps": ("3", "4")}, r"config.train.profile_steps=\('3', '4'\) must be \(first, last\) step"),
         ({"optimizer.rates": (("(", 1.0),)}, "config.optimizer.rates: "),
         (
             {"pseudo_samples.pool_answers": True, "pseudo_samples.source": "generate"},
