@@ -201,10 +201,9 @@ def _disabled_tasks(config: ConfigDict, names: tuple[str, ...], workdir: epath.P
 
 def _single_task_scores(config: ConfigDict, names: tuple[str, ...]) -> dict[str, float]:
     workdirs = split_names(config.eval.single_task_runs)
-    # How a method answers is its own; what is asked must be the same.
-    protocol = {
-        name: value for name, value in protocol_of(config).items() if not name.startswith((config.method, "needs"))
-    }
+    # How a method answers is its own, and a run of one task has none to withdraw; what is asked must be the same.
+    own = (f"{config.method}.", "needs_task_id", "disabled_tasks")
+    protocol = {name: value for name, value in protocol_of(config).items() if not name.startswith(own)}
     scores = read_single_task_scores(workdirs, protocol, lambda written: upgrade(flatten(written)))
     missing = [name for name in names if name not in scores]
     if workdirs and missing:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from sapt_jax import continual
+from sapt_jax.config import protocol_of
+from sapt_jax.results.scores import Scores, write_scores
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
 from tests.helpers.tiny import tiny_config, write_tasks
@@ -19,6 +21,17 @@ from tests.helpers.tiny import tiny_config, write_tasks
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+def test_forward_transfer_compares_a_run_with_a_withdrawn_task_too(tmp_path):
+    config = tiny_config(tmp_path, **{"disabled_tasks": "shout", "eval.single_task_runs": str(tmp_path)})
+    alone = protocol_of(tiny_config(tmp_path))
+    parts = (("shout",), {"shout": "rouge_l"}, np.array([[40.0]]), {}, {})
+    write_scores(tmp_path, Scores("sapt", *parts, alone, {}))
+    assert continual._single_task_scores(config, ("shout",)) == {"shout": 40.0}
+    write_scores(tmp_path, Scores("sapt", *parts, alone | {"data.dev_size": 5}, {}))
+    with pytest.raises(ValueError, match="other settings of data.dev_size"):
+        continual._single_task_scores(config, ("shout",))
 
 
 @pytest.fixture(scope="module")
