@@ -66,7 +66,12 @@ def choose_buckets(
 
 def check_buckets(buckets: Sequence[Sequence[int]]) -> list[Bucket]:
     """Sorts buckets (given in the config, or chosen) by Ls + Lt; the last has to bound all the others."""
-    ordered = sorted({(int(ls), int(lt)) for ls, lt in buckets}, key=lambda bucket: (sum(bucket), bucket))
+    pairs = all(isinstance(bucket, list | tuple) and len(bucket) == 2 for bucket in buckets)
+    ordered = (
+        sorted({tuple(map(int, bucket)) for bucket in buckets}, key=lambda bucket: (sum(bucket), bucket))
+        if pairs
+        else []
+    )
     if not ordered or min(min(bucket) for bucket in ordered) < 1:
         raise ValueError(f"buckets must be pairs of positive lengths (source, target), not {list(buckets)!r}.")
     top = (max(ls for ls, _ in ordered), max(lt for _, lt in ordered))

@@ -228,6 +228,12 @@ def test_chosen_buckets_are_the_best_two_on_a_small_case():
     assert total(chosen) == min(total(buckets) for buckets in every)
 
 
+@pytest.mark.parametrize("buckets", [(64, 16), ((64, 16, 2),), ((0, 16),), ()])
+def test_buckets_that_are_no_pairs_of_lengths_are_named(buckets):
+    with pytest.raises(ValueError, match="buckets must be pairs of positive lengths"):
+        check_buckets(buckets)
+
+
 def test_buckets_leave_room_for_a_prompt():
     lengths = np.random.default_rng(3).integers(1, 90, (50, 2))
     buckets = choose_buckets(lengths, max_buckets=4, source_multiple=16, target_multiple=4, prompt_length=10)
