@@ -16,12 +16,19 @@ from typing import Any, TextIO
 from sapt_jax.results import terminal
 from sapt_jax.results.scores import read_scores
 
-METHOD_NAMES = {"sapt": "SAPT-LoRA", "sequential": "sequential LoRA"}
+# By config.method and config.pet.kind.
+METHOD_NAMES = {
+    ("sapt", "lora"): "SAPT-LoRA",
+    ("sapt", "prompt"): "SAPT-Prompt",
+    ("sequential", "lora"): "sequential LoRA",
+    ("sequential", "prompt"): "sequential prompt",
+}
 
 
 def run_names(runs: Sequence[dict[str, Any]], folders: Sequence[str | Path]) -> tuple[str, ...]:
     """What to call runs: their methods where these differ, else what differs in their folders' paths."""
-    methods = [METHOD_NAMES.get(run["method"], run["method"]) for run in runs]
+    kinds = [run["protocol"].get("pet.kind", "lora") for run in runs]
+    methods = [METHOD_NAMES.get((run["method"], kind), run["method"]) for run, kind in zip(runs, kinds, strict=True)]
     if len(set(methods)) == len(methods):
         return tuple(methods)
     paths = [Path(folder).resolve() for folder in folders]

@@ -8,7 +8,7 @@ from sapt_jax.results import metrics
 from sapt_jax.results.scores import Scores, write_scores
 
 
-def _write(folder, method, matrix, task_order=("a", "b")):
+def _write(folder, method, matrix, task_order=("a", "b"), kind="lora"):
     write_scores(
         folder,
         Scores(
@@ -18,7 +18,7 @@ def _write(folder, method, matrix, task_order=("a", "b")):
             matrix=matrix,
             summary=metrics.summarise(metrics.finished_part(matrix), None),
             seeds={"seed": 0},
-            protocol={},
+            protocol={"pet.kind": kind},
             config={},
         ),
     )
@@ -45,6 +45,13 @@ def test_two_runs_of_one_method_are_named_by_folder(two_runs, tmp_path):
     assert compare.main([two_runs[0], str(tmp_path / "again")], output) == 0
     heading = next(line for line in output.getvalue().splitlines() if line.split()[:1] == ["task"])
     assert heading.split() == ["task", "one", "again"]
+
+
+def test_a_run_of_prompts_is_not_called_lora(two_runs, tmp_path):
+    _write(tmp_path / "prompts", "sapt", np.array([[49.0, np.nan], [44.5, 62.0]]), kind="prompt")
+    output = io.StringIO()
+    assert compare.main([two_runs[0], str(tmp_path / "prompts")], output) == 0
+    assert "SAPT-LoRA" in output.getvalue() and "SAPT-Prompt" in output.getvalue()
 
 
 def test_a_run_beside_itself(two_runs):
