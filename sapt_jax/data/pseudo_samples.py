@@ -38,7 +38,7 @@ def find_pseudo_dir(pseudo_dir: str, data_dir: Path) -> Path:
     )
 
 
-def read_pseudo_samples(folder: Path, task_name: str) -> PseudoSamples:
+def read_pseudo_samples(folder: Path, task_name: str, may_be_empty: bool = False) -> PseudoSamples:
     """Reads `{folder}/{task_name}/train.json`; rows with no output are what is expected here."""
     file = folder / task_name / "train.json"
     if not file.is_file():
@@ -47,7 +47,7 @@ def read_pseudo_samples(folder: Path, task_name: str) -> PseudoSamples:
         )
     data = read_json(file)
     instances = instances_of(data, file, prefix=f"{task_name}-pseudo", on_bad_instance="keep", problems=[])
-    if not instances:
+    if not instances and not may_be_empty:
         raise ValueError(f'{file}: holds no instances. Fill it, or set pseudo_samples.source="train".')
     return PseudoSamples(definition_of(data, file), instances)
 

@@ -88,6 +88,8 @@ def _writer_config(config: ConfigDict) -> Any:
             "pet.alpha": options.alpha,
             "pet.capacity": 0,
             "optimizer.learning_rate": options.learning_rate,
+            # Those of the run name leaves of its own block and method.
+            "optimizer.rates": ((".*", 1.0),),
             "optimizer.schedule": "constant",
             "optimizer.warmup_steps": 0,
             "train.batch_size": options.batch_size,
@@ -108,7 +110,7 @@ def _writer_stream(run: Run) -> Stream:
     nothing = EncodedSplit(empty, empty, 0, 0)
 
     def encode(task: Task) -> EncodedTask:
-        split = written_samples.encode_generator_split(
+        split = written_samples.encode_writer_split(
             task, answers=options.answers, tokenizer=run.tokenizer, rules=rules, max_length=options.max_length
         )
         return EncodedTask(task, split, nothing, nothing, None)
@@ -137,7 +139,7 @@ def write_pool(run: Run, writer: Writer, trees: Trees, task_index: int) -> Encod
     folder = checkpoints.task_folder(run.workdir, task_index, task.name)
     file = written_samples.pool_file(folder, BENCHMARKS[run.config.benchmark].folder, task.name)
     if file.is_file():
-        return encode(read_pseudo_samples(file.parent.parent, task.name))
+        return encode(read_pseudo_samples(file.parent.parent, task.name, may_be_empty=True))
     blank = writer.run.empty(trees[0].base, 1)
     collection = _collect(writer, (blank, _train(writer, blank, task_index)), task_index, rules)
     pool = collection.pool(task.name)

@@ -1,6 +1,6 @@
-"""Samples that a generator writes: their text, what of it is kept, and how it compares with the real inputs.
+"""Samples that a writer writes: their text, what of it is kept, and how it compares with the real inputs.
 
-A generator learns to answer `CUE` with `{definition}__inp__{input}`, and `__ans__{output}` after it where answers are
+A writer learns to answer `CUE` with `{definition}__inp__{input}`, and `__ans__{output}` after it where answers are
 wanted (SAPT, section 3.3, in the format of its released code).
 """
 
@@ -33,7 +33,7 @@ class Sample:
 
 
 def write_sample(definition: str, instance: Instance, answers: bool) -> str:
-    """The text that the generator learns for an instance."""
+    """The text that the writer learns for an instance."""
     answer = f"{ANSWER_MARK}{instance.outputs[0]}" if answers else ""
     return f"{definition.strip()}{INPUT_MARK}{instance.input}{answer}"
 
@@ -53,12 +53,12 @@ def read_sample(text: str, answers: bool) -> Sample | str:
     return Sample(definition.strip(), written.strip(), answer.strip() if answers else "")
 
 
-def encode_generator_split(
+def encode_writer_split(
     task: Task, *, answers: bool, tokenizer: Tokenizer, rules: EncodingRules, max_length: int
 ) -> EncodedSplit:
-    """What the generator learns of a task: the cue as source, each training instance's text as target.
+    """What the writer learns of a task: the cue as source, each training instance's text as target.
 
-    A text over `max_length` tokens is cut and then has no end, so that the generator does not learn to end early.
+    A text over `max_length` tokens is cut and then has no end, so that the writer does not learn to end early.
     """
     rules = dataclasses.replace(
         rules, max_target_length=max_length, target_keeps_end=False, on_long_target="cut", references="first"

@@ -4,11 +4,15 @@ import json
 import logging
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sapt_jax import continual
 from sapt_jax.data.pseudo_samples import read_pseudo_samples
+from sapt_jax.programs import optimizer_of
+from sapt_jax.pseudo_samples import writer
+from sapt_jax.state import Trainable
 from tests.helpers.run_files import assert_same_arrays, committed
 from tests.helpers.tiny import tiny_config, write_tasks
 
@@ -88,6 +92,20 @@ def test_too_few_samples_are_told_and_the_run_goes_on(data_dir, tmp_path, caplog
     (message,) = [record.getMessage() for record in caplog.records if "samples wanted" in record.message]
     assert message.startswith("shout: the writer wrote 0 of 3 samples wanted in 64 texts")
     assert "no end 64" in message
+    # A later call finds the empty pool, and goes on with it.
+    again = continual.run(tiny_config(data_dir, **settings), tmp_path / "run")
+    np.testing.assert_array_equal(again["matrix"], scores["matrix"])
+
+
+def test_the_rates_of_the_run_are_not_the_writer_s(data_dir):
+    rates = (("slot/prompt", 1.0), ("selector/.*", None))
+    config = writer._writer_config(
+        tiny_config(data_dir, **{**SETTINGS, "pet.kind": "prompt", "optimizer.rates": rates})
+    )
+    block = Trainable({"decoder": {"a": jnp.ones((2, 3))}}, {})
+    optimizer = optimizer_of(config)
+    updates, _ = optimizer.update(block, optimizer.init(block), block)
+    assert np.abs(updates.slot["decoder"]["a"]).min() > 0
 
 
 def test_a_method_that_needs_no_samples_writes_none(data_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""What a generator learns, what of its texts is kept, and how a pool is described and stored."""
+"""What a writer learns, what of its texts is kept, and how a pool is described and stored."""
 
 import dataclasses
 
@@ -39,12 +39,10 @@ def test_an_answer_that_nobody_asked_for_is_cut_off():
     assert read_sample("Do.__inp__cat__ans__dog", False) == Sample("Do.", "cat", "")
 
 
-def test_the_generator_learns_every_training_input_after_one_cue():
+def test_the_writer_learns_every_training_input_after_one_cue():
     task = random_task(np.random.default_rng(1), "t", sizes=(7, 2, 2))
     tokenizer = WordTokenizer()
-    split = written_samples.encode_generator_split(
-        task, answers=False, tokenizer=tokenizer, rules=rules(), max_length=200
-    )
+    split = written_samples.encode_writer_split(task, answers=False, tokenizer=tokenizer, rules=rules(), max_length=200)
     assert len(split) == 7 and split.truncated_targets == 0
     assert len({tuple(split.sources[i]) for i in range(7)}) == 1
     for i, instance in enumerate(task.train):
@@ -57,9 +55,7 @@ def test_a_long_text_has_no_end():
     task = random_task(np.random.default_rng(2), "t", sizes=(3, 1, 1))
     task = dataclasses.replace(task, train=(Instance("long", "word " * 50, ("x",)),))
     tokenizer = WordTokenizer()
-    split = written_samples.encode_generator_split(
-        task, answers=False, tokenizer=tokenizer, rules=rules(), max_length=20
-    )
+    split = written_samples.encode_writer_split(task, answers=False, tokenizer=tokenizer, rules=rules(), max_length=20)
     assert split.truncated_targets == 1 and len(split.targets[0]) == 20
     assert tokenizer.eos_id not in split.targets[0]
 
@@ -83,7 +79,10 @@ def test_a_pool_has_the_most_frequent_definition_and_reads_back(tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text(written_samples.pool_json(pool), encoding="utf-8")
     assert read_pseudo_samples(file.parent.parent, "t") == pool
-    assert Collection(wanted=1).pool("t") == PseudoSamples("", ())
+    empty = Collection(wanted=1).pool("t")
+    assert empty == PseudoSamples("", ())
+    file.write_text(written_samples.pool_json(empty), encoding="utf-8")
+    assert read_pseudo_samples(file.parent.parent, "t", may_be_empty=True) == empty
 
 
 def test_distinct_shares_and_copies_are_counted_by_hand():
