@@ -25,11 +25,12 @@ def data_dir(tmp_path_factory):
 
 def test_forward_transfer_compares_a_run_with_a_withdrawn_task_too(tmp_path):
     config = tiny_config(tmp_path, **{"disabled_tasks": "shout", "eval.single_task_runs": str(tmp_path)})
-    alone = protocol_of(tiny_config(tmp_path))
-    parts = (("shout",), {"shout": "rouge_l"}, np.array([[40.0]]), {}, {})
-    write_scores(tmp_path, Scores("sapt", *parts, alone, {}))
+    alone = tiny_config(tmp_path)
+    parts = (("shout",), {"shout": "rouge_l"}, np.array([[40.0]]), {}, {}, protocol_of(alone))
+    write_scores(tmp_path, Scores("sapt", *parts, alone))
     assert continual._single_task_scores(config, ("shout",)) == {"shout": 40.0}
-    write_scores(tmp_path, Scores("sapt", *parts, alone | {"data.dev_size": 5}, {}))
+    alone.data.dev_size = 5
+    write_scores(tmp_path, Scores("sapt", *parts, alone))
     with pytest.raises(ValueError, match="other settings of data.dev_size"):
         continual._single_task_scores(config, ("shout",))
 

@@ -82,6 +82,8 @@ def _writer_config(config: ConfigDict) -> Any:
     own.unlock()
     own.update_from_flattened_dict(
         {
+            # The run around it draws by the same names.
+            "seed": int(state.host_rng(config.seed, WRITER).integers(2**31)),
             "method": "sequential",
             "pet.kind": "lora",
             "pet.rank": options.rank,

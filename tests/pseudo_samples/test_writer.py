@@ -24,7 +24,7 @@ SETTINGS = {
     "pseudo_samples.minimum": 3,
     "pseudo_samples.writer.rank": 16,
     "pseudo_samples.writer.learning_rate": 3e-2,
-    "pseudo_samples.writer.steps": 90,
+    "pseudo_samples.writer.steps": 160,
     "pseudo_samples.writer.batch_size": 8,
     "pseudo_samples.writer.max_length": 40,
 }
