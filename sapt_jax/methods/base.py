@@ -61,6 +61,7 @@ class Method(abc.ABC):
 
     Attributes:
       pet: the kind of block.
+      only: the one kind of block that the method goes with, and why; None for any.
       needs_task_id: `Task.rows` is told at test time.
       mixing: what the weights are, for exporters: "sum" of all blocks, each at weight 1; "one" block, the bank's only;
         SAPT's "attention" over task keys; or "routed", by default: anything else. A method with a `mixture` of its own
@@ -73,10 +74,16 @@ class Method(abc.ABC):
 
     pet: Pet
 
+    only: ClassVar[tuple[str, str] | None] = None
     needs_task_id: ClassVar[bool] = False
     mixing: ClassVar[str] = "routed"
     pass_before: ClassVar[str | None] = None
     pass_after: ClassVar[str | None] = None
+
+    def __post_init__(self):
+        if self.only and self.pet.kind != self.only[0]:
+            (kind, why), name = self.only, type(self).__module__.rsplit(".", 1)[-1]
+            raise ValueError(f"config.method={name!r} {why}: set config.pet.kind={kind!r}.")
 
     @property
     def samples(self) -> str | None:

@@ -1,6 +1,7 @@
 """ELLA: IncLoRA whose blocks stay out of the entries that earlier ones use (arXiv 2601.02232)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,10 @@ class Ella(IncLora):
     Without alpha / R, whose fourth power is then a part of `strength`.
     """
 
+    only: ClassVar[tuple[str, str] | None] = ("lora", "compares LoRA's products")
+
     # No published value is known. Entries of a product are about 1e-3, so that their fourth powers need a large weight.
     strength: float = setting(1e4, "Weight of the overlap with all earlier blocks; sweep it.", NOT_NEGATIVE)
-
-    def __post_init__(self):
-        if self.pet.kind != "lora":
-            raise ValueError("config.method='ella' compares LoRA's products: set config.pet.kind='lora'.")
 
     def penalty(
         self, rng: jax.Array, frozen: Frozen, trainable: Trainable, samples: Samples | None, task: Task

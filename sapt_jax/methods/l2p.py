@@ -30,6 +30,8 @@ class L2p(Sequential):
     from task to task. The choice passes no gradient: keys learn from `pull` alone.
     """
 
+    only: ClassVar[tuple[str, str] | None] = ("prompt", "chooses among prompts")
+
     size: int = setting(20, "Prompts in the pool, each of config.pet.prompt_length vectors.", POSITIVE)
     chosen: int = setting(4, "Of them before an input.", POSITIVE)
     pull: float = setting(0.5, "Weight of the chosen keys' cosines, summed; mean over rows.", NOT_NEGATIVE)
@@ -37,8 +39,7 @@ class L2p(Sequential):
     mixing: ClassVar[str] = "routed"
 
     def __post_init__(self):
-        if self.pet.kind != "prompt":
-            raise ValueError("config.method='l2p' chooses among prompts: set config.pet.kind='prompt'.")
+        super().__post_init__()
         if self.chosen > self.size:
             raise ValueError(
                 f"config.l2p.chosen={self.chosen} of a pool of config.l2p.size={self.size}: choose no more than it has."

@@ -1,6 +1,7 @@
 """N-LoRA: IncLoRA whose blocks are kept sparse, so that they collide less (Yang et al. 2024, arXiv 2410.10179)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from sapt_jax.state import Frozen, Parameters, Task, Trainable
 class NLora(IncLora):
     """Adds strength * sum |A_t B_t|_1 over sites and layers, of block t alone and without alpha / R."""
 
+    only: ClassVar[tuple[str, str] | None] = ("lora", "keeps LoRA's products sparse")
+
     strength: float = setting(0.4, "Weight of the sum of absolute entries.", NOT_NEGATIVE)
     product: str = setting(
         "paper",
@@ -23,10 +26,6 @@ class NLora(IncLora):
         "factors, which needs D = H at every site.",
         choices=("paper", "released"),
     )
-
-    def __post_init__(self):
-        if self.pet.kind != "lora":
-            raise ValueError("config.method='n_lora' keeps LoRA's products sparse: set config.pet.kind='lora'.")
 
     def trainable_leaves(self, parameters: Parameters) -> Trainable:
         leaves = super().trainable_leaves(parameters)

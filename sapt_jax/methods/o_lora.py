@@ -1,6 +1,7 @@
 """O-LoRA: IncLoRA whose blocks are pulled into orthogonal subspaces (Wang et al. 2023, arXiv 2310.14152)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,10 @@ class OLora(IncLora):
     orthogonal. The norms are those of the block's matrices, layer by layer, not squared.
     """
 
+    only: ClassVar[tuple[str, str] | None] = ("lora", "keeps LoRA's factors orthogonal")
+
     lambda1: float = setting(0.5, "Weight of the overlap with all earlier blocks.", NOT_NEGATIVE)
     lambda2: float = setting(0.0, "Weight of the norms of the block's matrices.", NOT_NEGATIVE)
-
-    def __post_init__(self):
-        if self.pet.kind != "lora":
-            raise ValueError("config.method='o_lora' keeps LoRA's factors orthogonal: set config.pet.kind='lora'.")
 
     def penalty(
         self, rng: jax.Array, frozen: Frozen, trainable: Trainable, samples: Samples | None, task: Task

@@ -23,11 +23,9 @@ class ProgPrompt(Method):
     bank's, and those that take no part are masked. The paper's residual MLP around a prompt is left out.
     """
 
-    needs_task_id: ClassVar[bool] = True
+    only: ClassVar[tuple[str, str] | None] = ("prompt", "puts prompts in a row")
 
-    def __post_init__(self):
-        if self.pet.kind != "prompt":
-            raise ValueError("config.method='prog_prompt' puts prompts in a row: set config.pet.kind='prompt'.")
+    needs_task_id: ClassVar[bool] = True
 
     def prompt_length(self, capacity: int) -> int:
         return capacity * self.pet.prompt_length

@@ -1,6 +1,7 @@
 """SLAO: one block goes on learning, and another one merges what it learned (Qiao and Mahdavi, arXiv 2512.23017)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,7 @@ class Slao(Sequential):
     ends with is merged: A_m = A, and B_m moves towards B by 1 / sqrt(i) of the way.
     """
 
-    def __post_init__(self):
-        if self.pet.kind != "lora":
-            raise ValueError("config.method='slao' merges LoRA's factors: set config.pet.kind='lora'.")
+    only: ClassVar[tuple[str, str] | None] = ("lora", "merges LoRA's factors")
 
     def begin_task(
         self, rng: jax.Array, leaves: Trainable, frozen: Frozen, previous: Trainable | None, seen: Seen, task: Task
