@@ -22,10 +22,10 @@ from sapt_jax.config import (
 )
 from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.stream import split_names
-from sapt_jax.evaluation import test
+from sapt_jax.evaluation import features_of, test
 from sapt_jax.fit import fit
 from sapt_jax.methods.base import Samples, Seen
-from sapt_jax.passes import map_sources, sum_batches
+from sapt_jax.passes import sum_batches
 from sapt_jax.pseudo_samples import pools
 from sapt_jax.pseudo_samples.writer import make_writer, write_pool
 from sapt_jax.results.scores import read_single_task_scores
@@ -113,10 +113,7 @@ def _feature_rows(run: Run, base: Tree, index: int) -> jax.Array | None:
     """Features of the training inputs that the method asks for: a fixed number, so that tasks share one program."""
     if not run.method.rows_before:
         return None
-    train = run.stream.tasks[index].train
-    (features,) = map_sources(
-        lambda source, mask: (run.programs.features(base, source, mask),), train, run.layout, run.mesh
-    )
+    features = features_of(run, base, run.stream.tasks[index].train)
     rng = state.host_rng(run.config.seed, "feature rows", index)
     return sharding.replicate(features[rng.integers(len(features), size=run.method.rows_before)], run.mesh)
 

@@ -9,7 +9,7 @@ from sapt_jax.data.stream import EncodedTask
 from sapt_jax.passes import decode_texts, map_sources
 from sapt_jax.results import metrics, predictions
 from sapt_jax.run import Run
-from sapt_jax.state import Frozen, Task, Trainable
+from sapt_jax.state import Frozen, Task, Trainable, Tree
 from sapt_jax.storage import preemption
 
 Trees = tuple[Frozen, Trainable]
@@ -23,6 +23,15 @@ def predict(run: Run, trees: Trees, split: EncodedSplit, task: Task) -> tuple[tu
 
     tokens, weights = map_sources(generate, split, run.layout, run.mesh)
     return decode_texts(tokens, run.tokenizer), weights
+
+
+def features_of(run: Run, base: Tree, split: EncodedSplit) -> np.ndarray:
+    """What the method sees of a split's inputs before it mixes: features [n, F]."""
+
+    def features(source: jax.Array, source_mask: jax.Array) -> tuple[jax.Array, ...]:
+        return (run.programs.features(base, source, source_mask),)
+
+    return map_sources(features, split, run.layout, run.mesh)[0]
 
 
 def mixture_weights(run: Run, trees: Trees, split: EncodedSplit, task: Task) -> np.ndarray:

@@ -7,8 +7,8 @@ from sapt_jax import sharding
 from sapt_jax.data.encoding import EncodedSplit
 from sapt_jax.data.pseudo_samples import pool_size
 from sapt_jax.data.stream import Stream
+from sapt_jax.evaluation import features_of
 from sapt_jax.methods.base import Samples
-from sapt_jax.passes import map_sources
 from sapt_jax.run import Run
 from sapt_jax.state import Tree
 
@@ -26,15 +26,9 @@ def samples(run: Run, base: Tree, pools: Pools, num_tasks: int) -> Samples | Non
     if run.method.samples is None:
         return None
 
-    def features(pool: EncodedSplit) -> np.ndarray:
-        def of_batch(source: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
-            return (run.programs.features(base, source, mask),)
-
-        return map_sources(of_batch, pool, run.layout, run.mesh)[0]
-
     # A writer may have found no sample at all.
     filled = [index for index in range(num_tasks) if len(pools.get(index, ()))]
-    found = {run.method.slot_index(index): features(pools[index]) for index in filled}
+    found = {run.method.slot_index(index): features_of(run, base, pools[index]) for index in filled}
     width = jax.eval_shape(run.programs.features, base, *_one_input()).shape[-1]
     rows = np.zeros((run.capacity, _largest(run, pools), width), np.float32)
     counts = np.zeros((run.capacity,), np.int32)

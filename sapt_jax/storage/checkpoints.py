@@ -125,13 +125,14 @@ class TaskCheckpoints:
             return None
         where = self._folder / str(step)
         latest, best = abstract_like(state), abstract_like(state.trainable)
-        if any(name.startswith(".trainable.key") for name in _stored(where / "latest")):
+        stored = _stored(where / "latest")
+        if any(name.startswith(".trainable.key") for name in stored):
             raise ValueError(
                 f"{where} was left in the middle of a task by an older version of sapt_jax, and this one cannot go on "
                 f"from there: delete {self._folder}, and the task starts anew. Tasks that it finished are kept."
             )
-        _check(where / "latest", _plain(latest))
-        _check(where / "best", _plain(best))
+        _check(where / "latest", stored, _plain(latest))
+        _check(where / "best", _stored(where / "best"), _plain(best))
         restored = self._manager.restore(
             step,
             args=ocp_args.Composite(
@@ -218,7 +219,8 @@ def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[
     # What each array is called in the checkpoint.
     names = {name: _stored_name(name, stored) for name in plain}
     targets = {names[name]: target for name, target in plain.items()}
-    _check(where, targets, ignore={name for name in stored if name not in targets and _is_known(name, stored)})
+    known = {name for name in stored if name not in targets and _is_known(name, stored)}
+    _check(where, {name: x for name, x in stored.items() if name not in known}, targets)
     found = _restore(where, targets, ocp.checkpoint_utils.construct_restore_args(targets))
     tree = _like(wanted, {name: found[names[name]] for name in plain})
     return frozen.replace(bank=tree["bank"], memory=tree["memory"]), tree["trainable"]
@@ -281,8 +283,7 @@ def _stored(where: Path) -> dict[str, Any]:
         return dict(checkpointer.metadata(where).item_metadata.tree)
 
 
-def _check(where: Path, expected: dict[str, Any], ignore: Collection[str] = ()) -> None:
-    found = {name: x for name, x in _stored(where).items() if name not in ignore}
+def _check(where: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"unexpected: {name}" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
