@@ -261,9 +261,14 @@ def make_method(config: ConfigDict) -> Method:
     return METHODS[config.method](pet=make_pet(config), **config.get(config.method, {}))
 
 
+def _idle_sections(method: str) -> tuple[str, ...]:
+    """How settings begin that change nothing while this method runs: those of the others."""
+    return tuple(f"{name}." for name in METHODS if name != method)
+
+
 def protocol_of(config: ConfigDict) -> dict[str, Any]:
     """The settings that a score depends on beside model and training; they are told with every score."""
-    values, idle = flatten(config), tuple(f"{name}." for name in METHODS if name != config.method)
+    values, idle = flatten(config), _idle_sections(config.method)
     names = [name for name, row in SETTINGS.items() if row.protocol and not name.startswith(idle)]
     return {name: values[name] for name in names} | {"needs_task_id": make_method(config).needs_task_id}
 
@@ -313,7 +318,7 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
-# Settings of runs from before methods had sections of their own: what they are called now, or None where one is gone.
+# Settings of runs from before methods had sections of their own: what they are called now.
 RENAMED: dict[str, str] = {
     "kl_ratio": "sapt.kl_ratio",
     "pseudo_samples.batch_size": "sapt.reflection_batch",
@@ -372,8 +377,7 @@ def check_same_run(config: ConfigDict, workdir: epath.Path) -> None:
     if not file.is_file():
         return
     before, now = to_jsonable(upgrade(json.loads(file.read_text(encoding="utf-8")))), to_jsonable(flatten(config))
-    # Sections of the methods that do not run change nothing.
-    idle = tuple(f"{name}." for name in METHODS if name != now["method"])
+    idle = _idle_sections(now["method"])
     differ = [
         f"config.{name}: {before.get(name)!r} before, {now.get(name)!r} now"
         for name in sorted(before.keys() | now.keys())

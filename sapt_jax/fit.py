@@ -123,7 +123,7 @@ def _after_evaluation(loop: Loop, score: float, options: Any) -> Loop:
 
 def _batches(run: Run, task_index: int, loop: Loop, steps: int) -> Iterator[dict[str, jax.Array]]:
     config, stream, task = run.config, run.stream, run.stream.tasks[task_index]
-    per_epoch = epoch_steps(config, len(task.train)) if config.train.partial_batch == "drop" else None
+    per_epoch = epoch_steps(config, len(task.train))
     batches = train_batches(
         task.train,
         dataclasses.replace(stream.layout(config.train.batch_size), buckets=loop.buckets, epoch_batches=per_epoch),

@@ -132,11 +132,6 @@ def make_train_step(
     """
     accumulation, options = config.train.accumulation, config.optimizer
 
-    def loss_of(
-        trainable: Trainable, key: jax.Array, frozen: Frozen, rows: Batch, task: Task
-    ) -> tuple[jax.Array, Logs]:
-        return method.task_loss(apply, key, frozen, trainable, rows, task)
-
     def step(
         frozen: Frozen, state: TrainState, batch: Batch, samples: Samples | None, task: Task
     ) -> tuple[TrainState, Logs]:
@@ -151,7 +146,7 @@ def make_train_step(
         def gradient(key: jax.Array, rows: Batch) -> tuple[jax.Array, Logs, Trainable]:
             # Divided before it is differentiated, so that gradients of micro-batches are of the size of the whole.
             def mean(trainable: Trainable) -> tuple[jax.Array, Logs]:
-                total, logs = loss_of(trainable, key, frozen, rows, task)
+                total, logs = method.task_loss(apply, key, frozen, trainable, rows, task)
                 if by_micro_batch:
                     return total / (jnp.maximum(rows["target_mask"].sum(), 1) * answered), logs
                 return total / tokens, logs
