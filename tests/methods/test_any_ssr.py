@@ -1,5 +1,7 @@
 """Any-SSR's sums and routing against NumPy in float64, on features of both model families."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ from sapt_jax.methods.any_ssr import AnySsr
 from sapt_jax.models.families import VARIANTS, make_model, parameters
 from sapt_jax.pet import Lora
 from sapt_jax.programs import make_apply
+from tests.helpers import routing
 from tests.helpers.run_files import committed
 from tests.helpers.tiny import tiny_config, write_tasks
-from tests.helpers.trees import at, empty_frozen, fresh, init_base
+from tests.helpers.trees import at, fresh, init_base
 
 METHOD = AnySsr(Lora(2, 8.0), layer=1, expansion=96, gamma=3.0)
 MODEL = make_model(VARIANTS["llama-tiny"], "float32", "none")
@@ -34,41 +37,26 @@ def phi_of(features):
     return np.maximum(features @ omega, 0.0)
 
 
-def learn(frozen, features, task):
-    """The frozen tree after a task whose inputs have these features, in batches of which the last is filled up."""
+def sums_of(frozen, task, *, features):
+    """What a pass over rows of these features adds up to, in batches of which the last is filled up."""
 
     def apply(base, source, mask, layers, method):
         assert (layers, method) == (1, "encode")
         return jnp.take(jnp.asarray(features, jnp.float32), source, axis=0)
 
     rows = np.arange(-(-len(features) // 16) * 16).reshape(-1, 16, 1)
-    totals = [
-        METHOD.measure(
-            apply,
-            frozen,
-            None,
-            {"source": np.minimum(own, len(features) - 1), "source_mask": own < len(features)},
-            at(task),
-        )
-        for own in rows
-    ]
-    totals = jax.tree.map(lambda *parts: np.sum([np.asarray(x, np.float64) for x in parts], axis=0), *totals)
-    found = METHOD.summarise(jax.tree.map(np.asarray, frozen.memory), totals)
-    found = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
-    return METHOD.end_task(frozen, fresh(METHOD, MODEL, BASE, task), found, at(task))
+    batches = [{"source": np.minimum(own, len(features) - 1), "source_mask": own < len(features)} for own in rows]
+    totals = [METHOD.measure(apply, frozen, None, batch, at(task)) for batch in batches]
+    return jax.tree.map(lambda *parts: np.sum([np.asarray(x, np.float64) for x in parts], axis=0), *totals)
 
 
 def learned(tasks, capacity=3):
-    frozen = empty_frozen(METHOD, MODEL, BASE, capacity)
-    for task, features in enumerate(tasks):
-        frozen = learn(frozen, features, task)
-    return frozen
+    """The frozen tree after tasks whose inputs have these features."""
+    sums = [functools.partial(sums_of, features=features) for features in tasks]
+    return routing.learned(METHOD, MODEL, BASE, sums, capacity)
 
 
-def choices(frozen, rows, task, steps=0, training=False):
-    weights = METHOD.weights(frozen, None, jnp.asarray(rows, jnp.float32), at(task, steps=steps), training)
-    assert (np.sort(np.asarray(weights), axis=1)[:, -1] == 1).all() and (np.asarray(weights).sum(axis=1) == 1).all()
-    return np.argmax(np.asarray(weights), axis=1)
+choices = functools.partial(routing.choices, METHOD)
 
 
 def test_sums_router_and_choices_equal_numpy():
@@ -124,7 +112,9 @@ def test_a_bank_that_grew_routes_as_before_and_takes_more_tasks():
     grown = state.grow(frozen, METHOD.frozen_leaves(parameters(MODEL), 5))
     np.testing.assert_array_equal(choices(grown, rows, 2), choices(frozen, rows, 2))
     whole = learned(tasks, capacity=5)
-    jax.tree.map(np.testing.assert_array_equal, learn(grown, tasks[3], 3).memory, whole.memory)
+    sums = sums_of(grown, 3, features=tasks[3])
+    after = routing.end(METHOD, grown, sums, 3, fresh(METHOD, MODEL, BASE, 3))
+    jax.tree.map(np.testing.assert_array_equal, after.memory, whole.memory)
 
 
 def test_features_so_large_that_sums_are_coarser_than_the_ridge_are_still_told_apart():

@@ -1,6 +1,7 @@
 """EPI's memory and routing against NumPy in float64, on features of both model families."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from sapt_jax.methods.epi import Epi
 from sapt_jax.models.families import VARIANTS, make_model, parameters
 from sapt_jax.pet import Lora
 from sapt_jax.programs import make_apply
-from tests.helpers.trees import at, empty_frozen, fresh, init_base
+from tests.helpers import routing
+from tests.helpers.trees import at, empty_frozen, init_base
 
 METHOD = Epi(Lora(2, 8.0))
 MODEL = make_model(VARIANTS["llama-tiny"], "float32", "none")
@@ -26,25 +28,16 @@ def clusters(seed, tasks=3, rows=60):
     return [mean + rng.normal(size=(rows, WIDTH)) @ spread.T for mean in means]
 
 
-def learn(frozen, features, task):
-    """The frozen tree after a task whose inputs have these features."""
-    totals = {"sum": features.sum(axis=0), "outer": features.T @ features, "rows": len(features)}
-    memory = jax.tree.map(np.asarray, frozen.memory)
-    found = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), METHOD.summarise(memory, totals))
-    return METHOD.end_task(frozen, fresh(METHOD, MODEL, BASE, task), found, at(task))
+def sums_of(features):
+    return {"sum": features.sum(axis=0), "outer": features.T @ features, "rows": len(features)}
 
 
-def learned(tasks, capacity=3):
-    frozen = empty_frozen(METHOD, MODEL, BASE, capacity)
-    for task, features in enumerate(tasks):
-        frozen = learn(frozen, features, task)
-    return frozen
+def learned(tasks):
+    """The frozen tree after tasks whose inputs have these features."""
+    return routing.learned(METHOD, MODEL, BASE, [lambda *_, own=own: sums_of(own) for own in tasks])
 
 
-def choices(frozen, rows, task, steps=0, training=False):
-    weights = METHOD.weights(frozen, None, jnp.asarray(rows, jnp.float32), at(task, steps=steps), training)
-    assert (np.sort(np.asarray(weights), axis=1)[:, -1] == 1).all() and (np.asarray(weights).sum(axis=1) == 1).all()
-    return np.argmax(np.asarray(weights), axis=1)
+choices = functools.partial(routing.choices, METHOD)
 
 
 def test_memory_and_choices_equal_numpy():
