@@ -261,6 +261,11 @@ def make_method(config: ConfigDict) -> Method:
     return METHODS[config.method](pet=make_pet(config), **config.get(config.method, {}))
 
 
+def capacity_of(config: ConfigDict, method: Method, num_tasks: int) -> int:
+    """Slots of the bank of a run of so many tasks."""
+    return method.capacity(max(num_tasks, config.pet.capacity))
+
+
 def _idle_sections(method: str) -> tuple[str, ...]:
     """How settings begin that change nothing while this method runs: those of the others."""
     return tuple(f"{name}." for name in METHODS if name != method)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from sapt_jax import sharding, state
-from sapt_jax.config import make_method
+from sapt_jax.config import capacity_of, make_method
 from sapt_jax.data.batching import Layout
 from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.stream import Stream, load_stream
@@ -104,11 +104,6 @@ class Run:
         leaves = self.frozen_leaves(capacity)
         frozen = sharding.create(lambda: state.empty(leaves), leaves, self.mesh)
         return frozen.replace(base=base, enabled=sharding.replicate(enabled, self.mesh))
-
-
-def capacity_of(config: ConfigDict, method: Method, num_tasks: int) -> int:
-    """Slots of the bank of a run of so many tasks."""
-    return method.capacity(max(num_tasks, config.pet.capacity))
 
 
 def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:

@@ -69,6 +69,11 @@ class Leaf:
         )
 
 
+def width_of(parameters: Parameters) -> int:
+    """The model's width D, that of its token embeddings."""
+    return parameters["token_embedder/embedding"].shape[1]
+
+
 def is_leaf(x: Any) -> bool:
     """Whether this is a declaration, for `jax.tree.map` over trees of them."""
     return isinstance(x, Leaf)

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from sapt_jax import state
-from sapt_jax.config import default_config, make_method, record_config, unknown_fields, upgrade
+from sapt_jax.config import capacity_of, default_config, make_method, record_config, unknown_fields, upgrade
 from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.export.sites import base_parameters
 from sapt_jax.methods import Method
@@ -171,7 +171,7 @@ def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdi
     if order[: len(ended)] != tuple(ended):
         raise ValueError(f"config.task_order begins with {', '.join(order)}, the tasks are {', '.join(ended)}")
     method = make_method(config)
-    capacity = method.capacity(max(len(order), config.pet.capacity))
+    capacity = capacity_of(config, method, len(order))
     declared, _ = declared_state(config, shape, capacity)
     frozen = state.empty(declared).replace(enabled=jnp.ones((capacity,), bool))
     with new_folder(workdir) as unfinished:

@@ -26,7 +26,7 @@ class Epi(Routed):
     """
 
     def memory(self, parameters: Parameters, capacity: int) -> Tree:
-        width = parameters["token_embedder/embedding"].shape[1]
+        width = state.width_of(parameters)
         square = Leaf((width, width), ("query", "query"))
         return {"means": Leaf((capacity, width), (state.TASKS, "query")), "covariance": square, "precision": square}
 

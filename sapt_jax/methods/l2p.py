@@ -15,7 +15,7 @@ from sapt_jax.methods.pooling import mean_over_tokens
 from sapt_jax.methods.sequential import Sequential
 from sapt_jax.pet import Mixture, Prompt
 from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, setting
-from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
+from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree, width_of
 
 TINY = 1e-9
 
@@ -53,7 +53,7 @@ class L2p(Sequential):
         return Prompt(self.size * self.pet.prompt_length).block(parameters)
 
     def selector(self, parameters: Parameters) -> Tree:
-        shape = (self.size, parameters["token_embedder/embedding"].shape[1])
+        shape = (self.size, width_of(parameters))
 
         def uniform(rng, base):
             del base

@@ -71,14 +71,14 @@ class Sapt(Method):
         return super().uses(hook) and (hook != "penalty" or self.kl_ratio > 0)
 
     def memory(self, parameters: Parameters, capacity: int) -> Tree:
-        width = parameters["token_embedder/embedding"].shape[1]
+        width = state.width_of(parameters)
         return {
             "keys": Leaf((capacity, width), (state.TASKS, "query")),
             "reflection_targets": Leaf((capacity, capacity), (state.TASKS, state.TASKS)),
         }
 
     def selector(self, parameters: Parameters) -> Tree:
-        width = parameters["token_embedder/embedding"].shape[1]
+        width = state.width_of(parameters)
         pooled, keys = jax.ShapeDtypeStruct((1, width), jnp.float32), jax.ShapeDtypeStruct((1, width), jnp.float32)
         active, slot = jax.ShapeDtypeStruct((1,), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)
         return state.declare(self._attention(), pooled, keys, active, slot)

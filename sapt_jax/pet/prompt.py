@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sapt_jax.pet.base import Mixture, Pet
-from sapt_jax.state import Leaf, Parameters, Tree
+from sapt_jax.state import Leaf, Parameters, Tree, width_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Prompt(Pet):
 
     def block(self, parameters: Parameters) -> Tree:
         """{"prompt": [P, D]}, at first the embeddings of tokens drawn uniformly from the vocabulary."""
-        _, d_model = parameters["token_embedder/embedding"].shape
+        d_model = width_of(parameters)
 
         def drawn(rng, base):
             table = base["token_embedder"]["embedding"]

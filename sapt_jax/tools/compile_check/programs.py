@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sapt_jax import sharding
-from sapt_jax.config import make_method
+from sapt_jax.config import capacity_of, make_method
 from sapt_jax.decoding.answers import Ends
 from sapt_jax.methods import Method
 from sapt_jax.methods.base import Logs, Samples
@@ -83,7 +83,7 @@ def programs_of(config: Any, mesh: Mesh) -> list[Program]:
         {"train.batch_size / accumulation": rows // config.train.accumulation, "eval.batch_size": asked}, mesh
     )
     method, rules = make_method(config), sharding.make_rules(config.mesh.rules)
-    capacity = method.capacity(max(TASKS, config.pet.capacity))
+    capacity = capacity_of(config, method, TASKS)
     source = _rounded(config.data.max_source_length, config.data.source_multiple, method.prompt_length(capacity))
     target = _rounded(config.data.max_target_length, config.data.target_multiple, 0)
     with nn.logical_axis_rules(rules):
