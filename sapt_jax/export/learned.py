@@ -9,16 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from sapt_jax import state
 from sapt_jax.config import capacity_of, default_config, make_method, record_config, unknown_fields, upgrade
-from sapt_jax.data.benchmarks import resolve_task_order
+from sapt_jax.data.benchmarks import BENCHMARKS, resolve_task_order
 from sapt_jax.export.sites import base_parameters
 from sapt_jax.methods import Method
 from sapt_jax.models.families import read_shape
 from sapt_jax.pretrained.hf import read_json
+from sapt_jax.pseudo_samples.written_samples import pool_file
 from sapt_jax.state import TASKS, Frozen, Leaf, Task, Trainable, Tree, is_leaf
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.new_folder import new_folder
@@ -37,6 +39,7 @@ class Learned:
       slots: for each slot of the bank, the task that trained it last.
       frozen: after the last task, without the base model and cut to `slots`; withdrawn tasks are not `enabled`.
       trainables: what each task ended with.
+      pools: the file of each task's pseudo-samples, of the tasks that have some of their own writing.
     """
 
     config: ConfigDict
@@ -45,6 +48,7 @@ class Learned:
     slots: tuple[str, ...]
     frozen: Frozen
     trainables: tuple[Trainable, ...]
+    pools: Mapping[str, epath.Path] = dataclasses.field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -154,7 +158,10 @@ def read_run(workdir: Path, base: str = "") -> Learned:
     declared, _ = declared_state(config, shape, len(slots))
     bank, memory = (_cut(getattr(last, name), getattr(declared, name)) for name in ("bank", "memory"))
     frozen = Frozen(base=None, bank=bank, enabled=enabled, memory=memory)
-    return Learned(config, shape, tasks, slots, frozen, tuple(trainables))
+    benchmark = BENCHMARKS[config.benchmark].folder
+    pools = {task: pool_file(folder, benchmark, task) for task, folder in zip(tasks, folders, strict=True)}
+    written = {task: file for task, file in pools.items() if file.is_file()}
+    return Learned(config, shape, tasks, slots, frozen, tuple(trainables), written)
 
 
 def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdir: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from sapt_jax.data.benchmarks import resolve_task_order
+from sapt_jax.data.benchmarks import BENCHMARKS, resolve_task_order
 from sapt_jax.export.learned import Ended, Learned, write_run
 from sapt_jax.export.safe_pickle import read_array
 from sapt_jax.export.selector import make_selector, query_projection
@@ -26,6 +26,7 @@ from sapt_jax.export.sites import Site, base_parameters, hf_modules, kernel_path
 from sapt_jax.models.families import family_of, read_shape
 from sapt_jax.pet import Lora
 from sapt_jax.pet.lora import QUERY_AND_VALUE, sites
+from sapt_jax.pseudo_samples.written_samples import pool_file
 from sapt_jax.state import Trainable, Tree
 from sapt_jax.storage.new_folder import new_folder
 
@@ -39,6 +40,8 @@ _LAYERS_OF_PROJECTION = {"down": "0.weight", "up": "1.weight", "scale": "3.weigh
 
 def write_saved(learned: Learned, out: Path) -> None:
     """Writes OUT/1-NAME/saved_weights, OUT/2-NAME/saved_weights, ... as the paper's code names them.
+
+    Pseudo-samples that the run wrote go to OUT/generated_data, what its --gen_data_dir takes.
 
     Raises:
       ModuleNotFoundError: PyTorch is not installed.
@@ -69,6 +72,12 @@ def write_saved(learned: Learned, out: Path) -> None:
             torch.save(tensor(learned.frozen.memory["keys"][index::-1]), folder / _KEYS)
             targets = learned.frozen.memory["reflection_targets"]
             (folder / _ATTENTION).write_bytes(_pickled(targets[index, index::-1]))
+        for task, pool in learned.pools.items():
+            train = Path(pool_file(unfinished, BENCHMARKS[learned.config.benchmark].folder, task))
+            train.parent.mkdir(parents=True)
+            # Its loader opens all three, and reads the first.
+            for file in (train, train.with_name("dev.json"), train.with_name("test.json")):
+                file.write_bytes(pool.read_bytes())
 
 
 def read_saved(saved: Sequence[Path], base: str, config: ConfigDict, out: Path) -> ConfigDict:

@@ -39,13 +39,13 @@ def write_sample(definition: str, instance: Instance, answers: bool) -> str:
 
 
 def read_sample(text: str, answers: bool) -> Sample | str:
-    """The sample in a written text, or the reason why there is none."""
-    definition, mark, rest = text.partition(INPUT_MARK)
-    if not mark:
+    """The sample in a written text, up to a second input mark, or the reason why there is none."""
+    definition, *rest = text.split(INPUT_MARK)
+    if not rest:
         return "no input mark"
     if ANSWER_MARK in definition:
         return "answer before input"
-    written, mark, answer = rest.partition(ANSWER_MARK)
+    written, _, answer = rest[0].partition(ANSWER_MARK)
     if not written.strip():
         return "empty input"
     if answers and not answer.strip():

@@ -10,10 +10,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="the paper's code writes PyTorch files")
 
 from sapt_jax import continual  # noqa: E402
+from sapt_jax.data.pseudo_samples import PseudoSamples, read_pseudo_samples  # noqa: E402
+from sapt_jax.data.task import Instance  # noqa: E402
 from sapt_jax.export import reference  # noqa: E402
 from sapt_jax.export.learned import read_run  # noqa: E402
 from sapt_jax.export.selector import query_projection  # noqa: E402
+from sapt_jax.pseudo_samples.written_samples import pool_file, pool_json  # noqa: E402
 from sapt_jax.state import Task  # noqa: E402
+from sapt_jax.storage import checkpoints  # noqa: E402
+from sapt_jax.storage.paths import as_path  # noqa: E402
+from sapt_jax.storage.text_files import write_text_atomically  # noqa: E402
 from tests.helpers.learned_runs import HIDDEN, RANK, TASKS, make_base, make_config, make_run  # noqa: E402
 from tests.helpers.run_files import assert_same_arrays, committed  # noqa: E402
 from tests.helpers.tiny import tiny_config, write_tasks  # noqa: E402
@@ -34,6 +40,9 @@ def written(request, tmp_path_factory):
     """(family, folder with base and run, what the run learned, the folder written from it)."""
     folder = tmp_path_factory.mktemp("written")
     _, run = make_run(folder, request.param, "lora")
+    pool = PseudoSamples("Say what.", (Instance("0", "a cat", ("",)),))
+    folder_of_task = checkpoints.task_folder(as_path(run), 0, TASKS[0])
+    write_text_atomically(pool_file(folder_of_task, "", TASKS[0]), pool_json(pool))
     learned = read_run(run)
     reference.write_saved(learned, folder / "outputs")
     return request.param, folder, learned, folder / "outputs"
@@ -70,6 +79,16 @@ def test_names_shapes_and_values(written):
         assert b"numpy.core" in content and b"numpy._core" not in content
         weights = pickle.loads(content)
         np.testing.assert_array_equal(weights, learned.frozen.memory["reflection_targets"][task, : task + 1][::-1])
+
+
+def test_written_pools_have_the_three_files_that_the_papers_loader_opens(written):
+    _, folder, _, out = written
+    pools = out / "generated_data"
+    assert [task.name for task in pools.iterdir()] == [TASKS[0]]
+    train, dev, test = ((pools / TASKS[0] / f"{split}.json").read_bytes() for split in ("train", "dev", "test"))
+    assert train == dev == test
+    samples = read_pseudo_samples(pools, TASKS[0])
+    assert (samples.definition, [row.input for row in samples.instances]) == ("Say what.", ["a cat"])
 
 
 def test_the_files_give_our_attention_in_pytorch(written):

@@ -39,6 +39,12 @@ def test_an_answer_that_nobody_asked_for_is_cut_off():
     assert read_sample("Do.__inp__cat__ans__dog", False) == Sample("Do.", "cat", "")
 
 
+def test_a_second_input_mark_ends_the_sample():
+    assert read_sample("Do.__inp__cat__inp__dog", False) == Sample("Do.", "cat", "")
+    assert read_sample("Do.__inp__cat__ans__dog__inp__cow", True) == Sample("Do.", "cat", "dog")
+    assert read_sample("Do.__inp__cat__inp__cow__ans__dog", True) == "no answer"
+
+
 def test_the_writer_learns_every_training_input_after_one_cue():
     task = random_task(np.random.default_rng(1), "t", sizes=(7, 2, 2))
     tokenizer = WordTokenizer()
