@@ -23,6 +23,9 @@ Apply = Callable[..., Any]
 Batch = Mapping[str, jax.Array]
 Logs = dict[str, jax.Array]
 
+# The kind of rows that stand for earlier tasks, by config.pseudo_samples.source.
+OLD_DATA = {"train": "real", "generate": "written", "files": "authors'", "none": "none"}
+
 
 class Samples(struct.PyTreeNode):
     """Features of pseudo-samples of earlier tasks, each task in the row of its slot.
@@ -66,7 +69,8 @@ class Method(abc.ABC):
       mixing: what the weights are, for exporters: "sum" of all blocks, each at weight 1; "one" block, the bank's only;
         SAPT's "attention" over task keys; or "routed", by default: anything else. A method with a `mixture` of its own
         says "sum" or "one" where after a task it answers with these blocks of the bank alone.
-      samples: what the method wants of earlier tasks: "inputs", or None.
+      samples: what the method wants of earlier tasks: "inputs" for its penalty, "pairs" of inputs and answers for its
+        batches, or None.
       pass_before, pass_after: the split that `measure` reads before and after a task, or None.
       rows_before: training inputs whose features `begin_task` is given.
       rows_after: the most rows that the pass after a task reads, drawn from the split; 0 is all.
@@ -96,6 +100,16 @@ class Method(abc.ABC):
     @property
     def rows_after(self) -> int:
         return 0
+
+    def old_data(self, source: str) -> str:
+        """The kind of rows of earlier tasks that a run sees: "none", "real", "written" or "authors'".
+
+        How many it keeps, `pseudo_samples.pools.rows_kept` counts.
+
+        Args:
+          source: config.pseudo_samples.source.
+        """
+        return OLD_DATA[source] if self.samples else "none"
 
     def uses(self, hook: str) -> bool:
         """Whether programs call a hook: where the method's class defines it."""

@@ -21,11 +21,15 @@ def of_stream(stream: Stream) -> Pools:
     return {index: task.pseudo for index, task in enumerate(stream.tasks) if task.pseudo is not None}
 
 
-def samples(run: Run, base: Tree, pools: Pools, num_tasks: int) -> Samples | None:
-    """The features of the first tasks' pseudo-samples, each in its slot's row; None where the method wants none."""
-    if run.method.samples is None:
-        return None
+def rows_kept(pools: Pools, num_tasks: int) -> int:
+    """Rows that stand for the first tasks."""
+    return sum(len(pools[index]) for index in range(num_tasks) if index in pools)
 
+
+def samples(run: Run, base: Tree, pools: Pools, num_tasks: int) -> Samples | None:
+    """The features of the first tasks' pseudo-samples, each in its slot's row; None for a method that wants none."""
+    if run.method.samples != "inputs":
+        return None
     # A writer may have found no sample at all.
     filled = [index for index in range(num_tasks) if len(pools.get(index, ()))]
     found = {run.method.slot_index(index): features_of(run, base, pools[index]) for index in filled}
