@@ -1,17 +1,14 @@
-"""Every setting of a run, one row each, and the checks of a config: names, values, and the same run on resume.
+"""Every setting of a run, one row each, and the checks of a config.
 
 The defaults are those of the paper's SuperNI runs on T5, with the protocol mended: a masked pool, a dev set of its own,
 true gradients. The settings of a method stand in its own file and appear here as config.METHOD.NAME.
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.traverse_util
-import jax
-from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from sapt_jax import pet
@@ -24,7 +21,6 @@ from sapt_jax.optimization import SCHEDULES, check_options, check_rates
 from sapt_jax.pet.lora import QUERY_AND_VALUE
 from sapt_jax.results.metrics import REFERENCE_CHOICES
 from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, Setting, settings_of
-from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
 _RUN: dict[str, Setting] = {
     "seed": Setting(42, "Of everything but the splits of the data."),
@@ -266,14 +262,14 @@ def capacity_of(config: ConfigDict, method: Method, num_tasks: int) -> int:
     return method.capacity(max(num_tasks, config.pet.capacity))
 
 
-def _idle_sections(method: str) -> tuple[str, ...]:
+def idle_sections(method: str) -> tuple[str, ...]:
     """How settings begin that change nothing while this method runs: those of the others."""
     return tuple(f"{name}." for name in METHODS if name != method)
 
 
 def protocol_of(config: ConfigDict) -> dict[str, Any]:
     """The settings that a score depends on beside model and training; they are told with every score."""
-    values, idle = flatten(config), _idle_sections(config.method)
+    values, idle = flatten(config), idle_sections(config.method)
     names = [name for name, row in SETTINGS.items() if row.protocol and not name.startswith(idle)]
     return {name: values[name] for name in names} | {"needs_task_id": make_method(config).needs_task_id}
 
@@ -287,6 +283,12 @@ def unknown_fields(names: Iterable[str]) -> list[str]:
     return problems
 
 
+def wrong_values(flat: Mapping[str, Any]) -> list[str]:
+    """A sentence for each setting of a flat config whose value is of another type, range or choice."""
+    given = ((name, value) for name, value in flat.items() if name in SETTINGS)
+    return [problem for name, value in given if (problem := SETTINGS[name].problem(name, value))]
+
+
 def check_config(config: ConfigDict) -> None:
     """Checks a config's field names, types, ranges and choices, and what has to go together.
 
@@ -296,8 +298,7 @@ def check_config(config: ConfigDict) -> None:
     given = flatten(config)
     problems = unknown_fields(given)
     problems += [f"config.{name} is missing; sapt_jax/config.py has it." for name in sorted(SETTINGS.keys() - given)]
-    values = {name: value for name, value in given.items() if name in SETTINGS}
-    problems += [problem for name, value in values.items() if (problem := SETTINGS[name].problem(name, value))]
+    problems += wrong_values(given)
     if problems:
         raise ValueError("\n".join(problems))
     if config.train.batch_size % config.train.accumulation:
@@ -336,62 +337,3 @@ RENAMED: dict[str, str] = {
     },
     **{f"pseudo_samples.generator.{name}": f"pseudo_samples.writer.{name}" for name in _WRITER},
 }
-_RATES_BEFORE = {
-    "optimizer.key_learning_rate": "selector/key",
-    "optimizer.query_projection_learning_rate": "selector/query_projection/.*",
-}
-_OPTIONS_BEFORE = {"optimizer.beta1": "b1", "optimizer.beta2": "b2", "optimizer.epsilon": "eps"}
-_OPTIONS_BEFORE |= {"optimizer.weight_decay": "weight_decay"}
-_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
-
-
-def upgrade(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat config of a run as this version names it; settings that it lacks have their defaults."""
-    now = {name: row.default for name, row in SETTINGS.items()}
-    now |= {RENAMED.get(name, name): value for name, value in flat.items()}
-    if now["method"] == "seq_lora":
-        now["method"] = "sequential"
-    factors = {
-        pattern: now.pop(name) / now["optimizer.learning_rate"]
-        for name, pattern in _RATES_BEFORE.items()
-        if now.get(name) is not None
-    }
-    if factors:
-        now["optimizer.rates"] = (*factors.items(), (".*", 1.0))
-    options = {option: now[name] for name, option in _OPTIONS_BEFORE.items() if name in now}
-    if options:
-        now["optimizer.options"] = tuple((k, v) for k, v in options.items() if _ADAMW.get(k) != v)
-    for name in (*_RATES_BEFORE, *_OPTIONS_BEFORE):
-        now.pop(name, None)
-    return now
-
-
-def record_config(config: ConfigDict, workdir: epath.Path) -> None:
-    """Writes WORKDIR/config.json, what `check_same_run` compares with."""
-    if jax.process_index() == 0:
-        write_text_atomically(workdir / "config.json", json.dumps(to_jsonable(flatten(config)), indent=1) + "\n")
-
-
-def check_same_run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Compares the config with the one that started the run in `workdir`, if there is one.
-
-    Raises:
-      ValueError: lists every field that differs and would change what was already computed.
-    """
-    file = workdir / "config.json"
-    if not file.is_file():
-        return
-    before, now = to_jsonable(upgrade(json.loads(file.read_text(encoding="utf-8")))), to_jsonable(flatten(config))
-    idle = _idle_sections(now["method"])
-    differ = [
-        f"config.{name}: {before.get(name)!r} before, {now.get(name)!r} now"
-        for name in sorted(before.keys() | now.keys())
-        if not (name in SETTINGS and SETTINGS[name].free)
-        and not name.startswith(idle)
-        and before.get(name) != now.get(name)
-    ]
-    if differ:
-        raise ValueError(
-            f"{workdir} holds a run with other settings. Use a new --workdir, or the same settings.\n  "
-            + "\n  ".join(differ)
-        )

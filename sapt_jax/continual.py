@@ -13,12 +13,9 @@ from ml_collections import ConfigDict
 from sapt_jax import sharding, state
 from sapt_jax.config import (
     check_config,
-    check_same_run,
     flatten,
     make_method,
     protocol_of,
-    record_config,
-    upgrade,
 )
 from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.stream import split_names
@@ -28,6 +25,7 @@ from sapt_jax.methods.base import Samples, Seen
 from sapt_jax.passes import sum_batches
 from sapt_jax.pseudo_samples import pools
 from sapt_jax.pseudo_samples.writer import make_writer, write_pool
+from sapt_jax.recorded_config import check_same_run, record_config, upgrade
 from sapt_jax.results.scores import read_single_task_scores
 from sapt_jax.run import Run, open_run
 from sapt_jax.state import Frozen, Trainable, Tree
@@ -178,7 +176,8 @@ def _test_unseen(run: Run, trees: tuple[Frozen, Trainable], results: epath.Path)
 
 
 def _disabled_tasks(config: ConfigDict, names: tuple[str, ...], workdir: epath.Path) -> tuple[str, ...]:
-    disabled = resolve_task_order(config.disabled_tasks, config.benchmark) if config.disabled_tasks else ()
+    given = config.disabled_tasks
+    disabled = resolve_task_order(given, config.benchmark, "config.disabled_tasks") if given else ()
     method = make_method(config)
     for name in disabled:
         if name not in names:

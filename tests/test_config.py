@@ -9,16 +9,14 @@ from configs import demo, smollm2_superni
 from sapt_jax.config import (
     SETTINGS,
     check_config,
-    check_same_run,
     default_config,
     flatten,
     make_method,
     protocol_of,
-    record_config,
     unknown_fields,
-    upgrade,
 )
 from sapt_jax.methods import METHODS
+from sapt_jax.recorded_config import check_same_run, record_config, upgrade
 from sapt_jax.settings import Setting
 
 POSITIVE = (

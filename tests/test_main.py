@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from sapt_jax import continual
-from sapt_jax.config import make_method, record_config
+from sapt_jax.config import make_method
 from sapt_jax.models.families import make_model
 from sapt_jax.models.shapes import LLAMA_VARIANTS
+from sapt_jax.recorded_config import record_config
 from sapt_jax.storage import checkpoints
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.tiny import tiny_config, write_tasks

@@ -21,6 +21,7 @@ from sapt_jax.data.sources.task_files import (
     task_rng,
 )
 from sapt_jax.data.task import Instance, Task, report_problems
+from sapt_jax.storage.names import check_name
 
 SUPERNI_CATEGORIES: dict[str, tuple[str, ...]] = {
     "dialogue generation": (
@@ -199,13 +200,15 @@ SOURCES: dict[str, Callable[..., Task]] = {
 }
 
 
-def _choose(table: dict, name: str, what: str):
+def _choose(table: dict, name: str, setting: str):
     if name not in table:
-        raise ValueError(f"unknown {what} {name!r}. {nearest_name(name, table)}")
+        raise ValueError(f"config.{setting}={name!r} is unknown; choose one of {', '.join(table)}.")
     return table[name]
 
 
-def resolve_task_order(task_order: str | Sequence[str], benchmark: str) -> tuple[str, ...]:
+def resolve_task_order(
+    task_order: str | Sequence[str], benchmark: str, setting: str = "config.task_order"
+) -> tuple[str, ...]:
     """Returns full task names, in order.
 
     Args:
@@ -214,25 +217,31 @@ def resolve_task_order(task_order: str | Sequence[str], benchmark: str) -> tuple
       benchmark: a key of `BENCHMARKS`. Benchmarks with a fixed list of tasks reject unknown names, except
         that SuperNI takes any natural-instructions name ("task" and digits), which its source then has to
         hold.
+      setting: where the order stands, for errors.
+
+    Raises:
+      ValueError: naming the setting and the name that is unknown, there twice, or cannot be a folder's.
     """
     known = _choose(BENCHMARKS, benchmark, "benchmark").tasks
+    given = f"{setting}={task_order!r}"
     if isinstance(task_order, str):
         names = TASK_ORDERS.get(task_order) or tuple(part.strip() for part in task_order.split(",") if part.strip())
     else:
         names = tuple(task_order)
     if not names:
-        raise ValueError(f"the task order is empty: name one of {', '.join(TASK_ORDERS)} or list task names.")
+        raise ValueError(f"{given} is empty: name one of {', '.join(TASK_ORDERS)} or list task names.")
     full = []
     for name in names:
+        check_name(name, given)
         matches = [task for task in known if task == name or task.split("_")[0] == name]
         is_natural_instruction = benchmark == "superni" and name[:4] == "task" and name[4:5].isdigit() and "_" in name
         if known and not matches and not is_natural_instruction:
             orders = [order for order, tasks in TASK_ORDERS.items() if set(tasks) == set(known)]
-            raise ValueError(f"unknown task {name!r} of {benchmark}. {nearest_name(name, [*known, *orders])}")
+            raise ValueError(f"{given}: unknown task {name!r} of {benchmark}. {nearest_name(name, [*known, *orders])}")
         full.append(matches[0] if matches else name)
     repeated = sorted({name for name in full if full.count(name) > 1})
     if repeated:
-        raise ValueError(f"the task order names {', '.join(repeated)} more than once: every task may occur once.")
+        raise ValueError(f"{given} names {', '.join(repeated)} more than once: every task may occur once.")
     return tuple(full)
 
 
@@ -270,7 +279,7 @@ def load_task(name: str, origin: Origin, rules: SplitRules) -> Task:
     """
     benchmark = _choose(BENCHMARKS, origin.benchmark, "benchmark")
     source = origin.source or benchmark.source
-    read = _choose(SOURCES, source, "data source")
+    read = _choose(SOURCES, source, "data_source")
     task = read(name, benchmark, origin.data_dir, rules.on_bad_instance, rules.seed)
     for split in ("train", "test"):
         if not getattr(task, split):
@@ -290,7 +299,7 @@ def load_unseen_task(name: str, origin: Origin, rules: SplitRules) -> Task:
     """
     benchmark = _choose(BENCHMARKS, origin.benchmark, "benchmark")
     if origin.source:
-        read = _choose(SOURCES, origin.source, "data source")
+        read = _choose(SOURCES, origin.source, "data_source")
         task = read(name, benchmark, origin.data_dir, rules.on_bad_instance, rules.seed)
     else:
         folder = BenchmarkFolder(benchmark.folder, parent="CL_Benchmark_unseen", splits=("test",))

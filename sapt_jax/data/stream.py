@@ -22,6 +22,7 @@ from sapt_jax.data.prompts import EncodingRules
 from sapt_jax.data.pseudo_samples import PoolOrigin, encode_pseudo_samples, find_pseudo_dir, load_pseudo_samples
 from sapt_jax.data.task import Task
 from sapt_jax.pretrained.tokenizer import Tokenizer
+from sapt_jax.storage.names import check_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,8 @@ def load_stream(
     pools = _pool_origin(config) if with_pools else None
     encode = functools.partial(_encode, tokenizer=tokenizer, rules=rules)
     tasks = tuple(encode(load_task(name, origin, cuts), pools) for name in names)
-    unseen_names = split_names(config.eval.unseen_tasks)
+    given = f"config.eval.unseen_tasks={config.eval.unseen_tasks!r}"
+    unseen_names = [check_name(name, given) for name in split_names(config.eval.unseen_tasks)]
     unseen = tuple(encode(load_unseen_task(name, origin, cuts), None) for name in unseen_names)
     if data.buckets:
         buckets = check_buckets(data.buckets)

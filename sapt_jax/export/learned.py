@@ -14,13 +14,20 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from sapt_jax import state
-from sapt_jax.config import capacity_of, default_config, make_method, record_config, unknown_fields, upgrade
+from sapt_jax.config import (
+    capacity_of,
+    default_config,
+    make_method,
+    unknown_fields,
+    wrong_values,
+)
 from sapt_jax.data.benchmarks import BENCHMARKS, resolve_task_order
 from sapt_jax.export.sites import base_parameters
 from sapt_jax.methods import Method
 from sapt_jax.models.families import read_shape
 from sapt_jax.pretrained.hf import read_json
 from sapt_jax.pseudo_samples.written_samples import pool_file
+from sapt_jax.recorded_config import record_config, upgrade
 from sapt_jax.state import TASKS, Frozen, Leaf, Task, Trainable, Tree, is_leaf
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.new_folder import new_folder
@@ -153,7 +160,8 @@ def read_run(workdir: Path, base: str = "") -> Learned:
         raise ValueError(
             f"{where} is not the model that this run was trained on, or the run is damaged: {error}"
         ) from None
-    disabled = resolve_task_order(config.disabled_tasks, config.benchmark) if config.disabled_tasks else ()
+    given = config.disabled_tasks
+    disabled = resolve_task_order(given, config.benchmark, "config.disabled_tasks") if given else ()
     enabled = np.array([name not in disabled for name in slots])
     declared, _ = declared_state(config, shape, len(slots))
     bank, memory = (_cut(getattr(last, name), getattr(declared, name)) for name in ("bank", "memory"))
@@ -172,8 +180,10 @@ def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdi
 
     Raises:
       FileExistsError: the workdir exists.
-      ValueError: the tasks are not the first of config.task_order.
+      ValueError: the tasks are not the first of config.task_order, or what they left are no numbers or no weights.
     """
+    for name, task in ended.items():
+        _check_numbers(name, task)
     order = resolve_task_order(config.task_order, config.benchmark)
     if order[: len(ended)] != tuple(ended):
         raise ValueError(f"config.task_order begins with {', '.join(order)}, the tasks are {', '.join(ended)}")
@@ -191,17 +201,26 @@ def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdi
         record_config(config, unfinished)
 
 
+def _check_numbers(name: str, ended: Ended) -> None:
+    if not all(np.isfinite(array).all() for array in jax.tree.leaves(ended.trainable)):
+        raise ValueError(f"{name}: its block, key or query projection holds NaN or infinity. Take a whole copy.")
+    target = ended.target
+    # In bfloat16 a mean of weights is a hundredth off.
+    if target is not None and not (np.all(target >= 0) and abs(target.sum() - 1) < 0.05):
+        raise ValueError(f"{name}: its recorded attention {target.tolist()} is not weights that sum to 1.")
+
+
 def read_config(flat: Mapping[str, Any], where: str) -> ConfigDict:
     """The config of a run from its config.json, of this version or an older one; what it lacks has its default.
 
     Raises:
-      ValueError: it has fields that are no settings.
+      ValueError: it has fields that are no settings, or values that they do not take.
     """
-    now = upgrade(flat)
-    if problems := unknown_fields(now):
+    now = {name: _with_tuples(value) for name, value in upgrade(flat).items()}
+    if problems := unknown_fields(now) or wrong_values(now):
         raise ValueError(f"{where} is not the config.json of a run: {problems[0]}")
     config = default_config()
-    config.update_from_flattened_dict({name: _with_tuples(value) for name, value in now.items()})
+    config.update_from_flattened_dict(now)
     return config
 
 

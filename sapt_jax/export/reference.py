@@ -10,6 +10,7 @@ Format: https://github.com/circle-hit/SAPT (src/run_t5.py, src/run_llama.py).
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,11 +184,22 @@ def _task_name(folder: Path) -> str:
 
 
 def _load(torch: Any, file: Path) -> Any:
+    """A tensor or a dict of them, none larger than what the file holds."""
+    size = file.stat().st_size
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise ValueError("it is compressed, which torch.save never does")
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        for tensor in loaded.values() if isinstance(loaded, Mapping) else (loaded,):
+            if isinstance(tensor, torch.Tensor) and (
+                tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > size
+            ):
+                raise ValueError("it holds tensors that are sparse or larger than the file")
     except Exception as error:
         first = str(error).split("\n", 1)[0]
         raise ValueError(f"{file} cannot be read as plain torch tensors ({first})") from None
+    return loaded
 
 
 def _array(tensor: Any) -> np.ndarray:

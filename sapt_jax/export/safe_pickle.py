@@ -5,8 +5,10 @@ array as; for these stand inert records, from which the array is made once the p
 is an error before it is looked up.
 """
 
+import io
 import math
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,20 @@ def read_array(file: Path) -> np.ndarray:
     """
     if file.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size} bytes: a pickled vector has a few hundred")
+    content = file.read_bytes()
     try:
-        with file.open("rb") as stream:
-            return _to_array(*_ArrayReader(stream).read())
+        _check_sizes(content)
+        return _to_array(*_ArrayReader(io.BytesIO(content)).read())
     except Exception as error:
         raise ValueError(f"{file} is not a pickle of one numeric numpy array: nothing else is read ({error})") from None
+
+
+def _check_sizes(content: bytes) -> None:
+    """Refuses places and lengths beyond the pickle's own end: a few bytes would else make Python take gigabytes."""
+    for operation, argument, place in pickletools.genops(content):
+        places = operation.name in ("PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET", "FRAME")
+        if places and argument > len(content):
+            raise pickle.UnpicklingError(f"{operation.name} {argument} at byte {place}, of {len(content)} in all")
 
 
 class _ArrayReader(pickle.Unpickler):

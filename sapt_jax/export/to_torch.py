@@ -40,6 +40,7 @@ from sapt_jax.pretrained.hf import read_json
 from sapt_jax.pretrained.loading import format_of
 from sapt_jax.pretrained.locate import resolve_path
 from sapt_jax.state import Frozen, Trainable, Tree, abstract
+from sapt_jax.storage.names import check_name
 from sapt_jax.storage.new_folder import new_folder
 from sapt_jax.storage.text_files import to_jsonable
 
@@ -94,11 +95,15 @@ def read_model(folder: Path, base: str, out: Path) -> None:
     """
     if missing := [name for name in ("config.json", MODEL, RUN) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: give a folder that to-torch wrote")
-    exported = read_json(folder / "config.json")
+    file = folder / "config.json"
+    exported = read_json(file)
     if not isinstance(exported.get("run"), dict) or not isinstance(exported.get("run_tasks"), list):
-        raise ValueError(f"{folder / 'config.json'} has no field run or run_tasks: give a folder that to-torch wrote")
-    config, tasks = read_config(exported["run"], str(folder / "config.json")), tuple(exported["run_tasks"])
-    if not exported["base"]:
+        raise ValueError(f"{file} has no field run or run_tasks: give a folder that to-torch wrote")
+    config = read_config(exported["run"], str(file))
+    tasks = tuple(check_name(name, f"{file}: run_tasks") for name in exported["run_tasks"])
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ValueError(f"{file}: run_tasks must be one task or more, each once, not {', '.join(tasks) or 'none'}")
+    if not exported.get("base"):
         config.model.path = str((folder / BASE).absolute())
     shape, method = read_base_shape(config, base), make_method(config)
     if len(slot_names(method, tasks)) != len(tasks):

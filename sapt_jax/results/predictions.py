@@ -15,13 +15,14 @@ import numpy as np
 from etils import epath
 
 from sapt_jax.data.task import Instance
+from sapt_jax.storage.names import check_name
 from sapt_jax.storage.paths import as_path
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
 
 def predictions_file(workdir: str | Path, task_order: Sequence[str], task_index: int, tested_index: int) -> epath.Path:
     """Where the answers on task tested_index after training task task_index lie."""
-    trained, tested = task_order[task_index], task_order[tested_index]
+    trained, tested = (check_name(task_order[index], "task") for index in (task_index, tested_index))
     return as_path(workdir) / "predictions" / f"{task_index:02d}-{trained}" / f"{tested_index:02d}-{tested}.jsonl"
 
 

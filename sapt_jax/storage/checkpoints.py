@@ -21,6 +21,7 @@ from etils import epath
 from orbax.checkpoint import args as ocp_args
 
 from sapt_jax.state import TASKS, Frozen, Trainable, TrainState, is_leaf
+from sapt_jax.storage.names import check_name
 from sapt_jax.storage.paths import as_path, is_remote
 
 FORMAT = 2
@@ -60,8 +61,8 @@ class Loop:
 
 
 def task_folder(workdir: str | Path, task_index: int, name: str) -> epath.Path:
-    """WORKDIR/tasks/00-NAME."""
-    return as_path(workdir) / "tasks" / f"{task_index:02d}-{name}"
+    """WORKDIR/tasks/00-NAME; raises ValueError for a name that cannot be a folder's."""
+    return as_path(workdir) / "tasks" / f"{task_index:02d}-{check_name(name, 'task')}"
 
 
 def check_order(workdir: Path, names: Sequence[str]) -> None:

@@ -79,9 +79,11 @@ def test_missing_folders_splits_and_names_are_told_apart(tmp_path):
     (task / "test.json").unlink()
     with pytest.raises(FileNotFoundError, match="test.json is missing"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="unknown benchmark 'superny'. The nearest known name is 'superni'"):
+    with pytest.raises(ValueError, match="config.benchmark='superny' is unknown; choose one of superni, long_sequence"):
         load(tmp_path, benchmark="superny")
-    with pytest.raises(ValueError, match="unknown data source 'cl_bench'"):
+    with pytest.raises(
+        ValueError, match="config.data_source='cl_bench' is unknown; choose one of cl_benchmark, natural_ins"
+    ):
         load(tmp_path, source="cl_bench")
 
 
@@ -247,7 +249,7 @@ def test_task_orders_resolve_short_names_and_reject_wrong_ones():
         resolve_task_order("yelp,mnli,yelp", "long_sequence")
     with pytest.raises(ValueError, match="names task363_sst2_polarity_classification more than once"):
         resolve_task_order("task363,task363_sst2_polarity_classification", "superni")
-    with pytest.raises(ValueError, match="the task order is empty"):
+    with pytest.raises(ValueError, match="config.task_order=' , ' is empty"):
         resolve_task_order(" , ", "own")
 
 

@@ -191,8 +191,15 @@ def test_bad_files(written, tmp_path):
     assert "cannot be read as plain torch tensors" in message(damaged("trans_input.pt", {"0.weight": Bomb()}))
     short = pickle.dumps(np.ones(1))
     assert "holds [1], not one weight for 2 tasks" in message(damaged("attention_weights.pkl", short))
+    for weights in ([np.nan, 0.5], [-0.5, 1.5], [1.0, 1.0], [np.inf, 0.0]):
+        content = pickle.dumps(np.array(weights))
+        assert "second: its recorded attention" in message(damaged("attention_weights.pkl", content))
     state = load(folders(out)[1] / "lora_weights_B.pt")
     name = next(iter(state))
+    greedy = {**state, name: state[name][:1].as_strided((2**40, RANK), (0, 1))}
+    assert "sparse or larger than the file" in message(damaged("lora_weights_B.pt", greedy))
+    endless = {**state, name: torch.full_like(state[name], torch.nan)}
+    assert "second: its block, key or query projection holds NaN" in message(damaged("lora_weights_B.pt", endless))
     assert f"missing: {name}" in message(damaged("lora_weights_B.pt", {k: v for k, v in state.items() if k != name}))
     assert f"unknown: {name}.bias" in message(damaged("lora_weights_B.pt", {**state, f"{name}.bias": state[name]}))
     assert f"{name} is [1, {RANK}], not" in message(damaged("lora_weights_B.pt", {**state, name: state[name][:1]}))

@@ -4,6 +4,9 @@ import os
 import pickle
 import pickletools
 import re
+import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -99,3 +102,31 @@ def test_broken_files(tmp_path):
         read_array(write(tmp_path, lies))
     with pytest.raises(ValueError, match="has 16777217 bytes"):
         read_array(write(tmp_path, bytes(2**24 + 1)))
+
+
+GREEDY = {
+    "a place in the memo": b"\x80\x04Nr" + struct.pack("<I", 2**28) + b".",
+    "a place as text": b"\x80\x02Np268435456\n.",
+    "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**32) + b"abc.",
+    "a byte array": b"\x80\x05\x96" + struct.pack("<Q", 2**32) + b"abc.",
+    "a text": b"\x80\x04\x8d" + struct.pack("<Q", 2**32) + b"abc.",
+    "a frame": b"\x80\x04\x95" + struct.pack("<Q", 2**32) + b"N.",
+    "a number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"1.",
+}
+
+
+def test_a_few_bytes_do_not_take_gigabytes(tmp_path):
+    """In a process of its own, with 300 MiB beyond what it takes to start."""
+    for number, content in enumerate(GREEDY.values()):
+        write(tmp_path, content, f"{number}.pkl")
+    script = (
+        "import resource, sys; from pathlib import Path; from sapt_jax.export.safe_pickle import read_array\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)\n"
+        f"for number in range({len(GREEDY)}):\n"
+        "    try: read_array(Path(sys.argv[1]) / f'{number}.pkl')\n"
+        "    except ValueError as error: assert not isinstance(error.__context__, MemoryError), number\n"
+        "    else: assert False, number\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

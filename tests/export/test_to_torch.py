@@ -217,6 +217,25 @@ def test_bad_folders(tmp_path):
     assert not list(tmp_path.glob("back*"))
 
 
+def test_a_folder_that_someone_sends_writes_nowhere_else(tmp_path):
+    _, run = make_run(tmp_path, "llama", "lora")
+    out, back = tmp_path / "export", tmp_path / "inside" / "back"
+    write_model(read_run(run), False, out)
+    exported = json.loads((out / "config.json").read_text())
+    files = sorted(tmp_path.rglob("*"))
+    for names in (["../../x", "second", "third"], ["/tmp/x", "second", "third"], [".."], ["first", 3], [], ["a", "a"]):
+        for order in (exported["run"]["task_order"], ",".join(map(str, names))):
+            run = {**exported["run"], "task_order": order}
+            (out / "config.json").write_text(json.dumps({**exported, "run": run, "run_tasks": names}))
+            with pytest.raises(ValueError, match="config.json: run_tasks"):
+                read_model(out, "", back)
+    for changes in ({"pet.rank": "four"}, {"optimizer.learning_rate": None}, {"data.buckets": 64}, {"task_order": []}):
+        (out / "config.json").write_text(json.dumps({**exported, "run": {**exported["run"], **changes}}))
+        with pytest.raises(ValueError, match=f"config.json is not the config.json of a run: config.{[*changes][0]}="):
+            read_model(out, "", back)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
 def test_the_exported_model_refuses_a_base_of_another_width(tmp_path):
     _, run = make_run(tmp_path, "t5", "lora")
     write_model(read_run(run), False, tmp_path / "export")
