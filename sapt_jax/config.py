@@ -190,6 +190,14 @@ _EVAL = {
     "max_new_tokens": Setting(50, "Tokens of an answer.", POSITIVE, protocol=True),
     "beams": Setting(1, "1 is greedy.", POSITIVE, protocol=True),
     "length_penalty": Setting(0.6, "T5X's, of beams: ((5 + length) / 6) ** length_penalty.", protocol=True),
+    "routing": Setting(
+        "method",
+        'Who chooses the blocks of a test input: the method, or for a diagnosis "oracle", which puts all weight on the '
+        "block of the input's task. The scores then go to WORKDIR/oracle.",
+        choices=("method", "oracle"),
+        free=True,
+        protocol=True,
+    ),
     "single_task_runs": Setting(
         "", "Workdirs of runs of one task each, with commas, that FWT compares with.", free=True
     ),
@@ -317,10 +325,17 @@ def check_config(config: ConfigDict) -> None:
     check_options(config.optimizer.options)
     check_rates(config.optimizer.rates)
     method = make_method(config)
-    if method.needs_task_id and config.eval.unseen_tasks:
+    is_oracle = config.eval.routing == "oracle"
+    if config.eval.unseen_tasks and (method.needs_task_id or is_oracle):
+        told = "config.eval.routing='oracle'" if is_oracle else f"config.method={config.method!r}"
         raise ValueError(
-            f"config.eval.unseen_tasks: config.method={config.method!r} is told the task of every input, and has no "
+            f"config.eval.unseen_tasks: {told} is told the task of every input, and has no "
             "block for tasks that it never learned."
+        )
+    if is_oracle and not method.routes:
+        raise ValueError(
+            f"config.eval.routing='oracle': config.method={config.method!r} does not choose among its tasks' blocks: "
+            "leave it at 'method'."
         )
 
 

@@ -26,12 +26,13 @@ from sapt_jax.passes import sum_batches
 from sapt_jax.pseudo_samples import pools
 from sapt_jax.pseudo_samples.writer import make_writer, write_pool
 from sapt_jax.recorded_config import check_same_run, record_config, upgrade
-from sapt_jax.results.scores import read_single_task_scores
+from sapt_jax.results.references import References, Terms, read_single_task_scores
 from sapt_jax.run import Run, open_run
 from sapt_jax.state import Frozen, Trainable, Tree
 from sapt_jax.storage import checkpoints
+from sapt_jax.storage.costs import Meter, forget_peak, write_costs
 from sapt_jax.storage.paths import as_path
-from sapt_jax.tell import Tale
+from sapt_jax.tell import Tale, Tests
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -54,15 +55,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     names = resolve_task_order(config.task_order, config.benchmark)
     checkpoints.check_order(workdir, names)
     disabled = _disabled_tasks(config, names, workdir)
-    single_task_scores = _single_task_scores(config, names)
+    references = _references(config, names)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.make_rules(config.mesh.rules)):
         with open_run(config, workdir, mesh) as (own, base):
             record_config(config, workdir)
-            # What a withdrawn task's absence changes lies beside what was found with it, not over it.
-            results = workdir / f"without-{'-'.join(disabled)}" if disabled else workdir
             frozen = own.empty(base, own.capacity, disabled)
-            return _teach(own, frozen, Tale(own, results, single_task_scores))
+            return _teach(own, frozen, Tale(own, _results(config, workdir, disabled), references))
 
 
 def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
@@ -77,17 +76,20 @@ def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
             frozen, trainable = _load(run, frozen, index)
         else:
             # Begin and fit.
+            forget_peak()
+            meter = Meter()
             samples = pools.samples(run, frozen.base, pool, index)
             begin = functools.partial(_begin, run, frozen, trainable, samples, index)
-            trainable = fit(run, frozen, begin, index, samples)
+            trainable, before = fit(run, frozen, begin, index, samples)
             # Measure, end, save.
             found = _measure(run, (frozen, trainable), index, run.method.pass_after, run.method.rows_after)
             frozen = _end(run, frozen, trainable, found, index)
+            write_costs(run.folder(index), before + meter.read())
             checkpoints.save_committed(run.folder(index), frozen, trainable)
         # Test and tell.
         row = [test(run, (frozen, trainable), tale.results, index, tested) for tested in range(index + 1)]
         unseen = _test_unseen(run, (frozen, trainable), tale.results) if index == last else {}
-        told = tale.after_task(index, row, unseen, frozen)
+        told = tale.after_task(index, Tests(row, unseen), pool, frozen)
         # Write samples for the tasks to come; the last needs none until a longer order goes on from it.
         if writer and index < last:
             pool[index] = write_pool(run, writer, (frozen, trainable), index)
@@ -168,7 +170,8 @@ def _test_unseen(run: Run, trees: tuple[Frozen, Trainable], results: epath.Path)
     """Scores after the last task on those that were never trained on."""
     count = len(run.stream.tasks)
     return {
-        task.name: test(run, trees, results, count - 1, count + number) for number, task in enumerate(run.stream.unseen)
+        task.name: test(run, trees, results, count - 1, count + number).score
+        for number, task in enumerate(run.stream.unseen)
     }
 
 
@@ -195,13 +198,20 @@ def _disabled_tasks(config: ConfigDict, names: tuple[str, ...], workdir: epath.P
     return disabled
 
 
-def _single_task_scores(config: ConfigDict, names: tuple[str, ...]) -> dict[str, float]:
+def _results(config: ConfigDict, workdir: epath.Path, disabled: tuple[str, ...]) -> epath.Path:
+    """Where scores and predictions go: those of another way to test lie beside what a run finds, not over it."""
+    ways = [f"without-{'-'.join(disabled)}"] if disabled else []
+    ways += ["oracle"] if config.eval.routing == "oracle" else []
+    return workdir / "-".join(ways) if ways else workdir
+
+
+def _references(config: ConfigDict, names: tuple[str, ...]) -> References:
     workdirs = split_names(config.eval.single_task_runs)
     # How a method answers is its own, and a run of one task has none to withdraw; what is asked must be the same.
-    own = (f"{config.method}.", "needs_task_id", "disabled_tasks")
+    own = (f"{config.method}.", "needs_task_id", "disabled_tasks", "eval.routing")
     protocol = {name: value for name, value in protocol_of(config).items() if not name.startswith(own)}
-    scores = read_single_task_scores(workdirs, protocol, lambda written: upgrade(flatten(written)))
-    missing = [name for name in names if name not in scores]
+    single = read_single_task_scores(workdirs, Terms(protocol, lambda written: upgrade(flatten(written))))
+    missing = [name for name in names if name not in single]
     if workdirs and missing:
         raise ValueError(f"config.eval.single_task_runs has no run of {', '.join(missing)}.")
-    return scores
+    return References(single)

@@ -1,5 +1,7 @@
 """Answers to the inputs of a split, and the score that they get."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 from etils import epath
@@ -13,6 +15,13 @@ from sapt_jax.state import Frozen, Task, Trainable, Tree
 from sapt_jax.storage import preemption
 
 Trees = tuple[Frozen, Trainable]
+
+
+class Tested(NamedTuple):
+    """A score, 0 to 100, and for each row whether its largest weight was on its own task; None where none routes."""
+
+    score: float
+    routed: np.ndarray | None
 
 
 def predict(run: Run, trees: Trees, split: EncodedSplit, task: Task) -> tuple[tuple[str, ...], np.ndarray]:
@@ -52,8 +61,8 @@ def dev_score(run: Run, trees: Trees, task: EncodedTask, at: Task) -> float:
     )
 
 
-def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: int) -> float:
-    """The score on task `tested` after training `task_index`, from its predictions file where there is one.
+def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: int) -> Tested:
+    """How task `tested` is answered after training `task_index`, from its predictions file where there is one.
 
     Unseen tasks are counted on after the last task.
 
@@ -66,11 +75,21 @@ def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: i
         raise preemption.PreemptedError(f"before the test of {names[tested]} after task {names[task_index]}")
     file = predictions.predictions_file(results, names, task_index, tested)
     if file.is_file():
-        return float(np.mean(predictions.read_predictions_scores(file)))
+        scores, weights = predictions.read_predictions(file)
+        return Tested(float(np.mean(scores)), _routed(run, trees[0], weights, tested))
     task = tasks[tested]
     texts, weights = predict(run, trees, task.test, run.task(task_index, tested=min(tested, len(run.stream.tasks) - 1)))
     scores = metrics.score_instances(
         texts, task.task.test, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
     )
     predictions.write_predictions(file, predictions.Answers(task.task.test, texts, scores, weights))
-    return float(scores.mean())
+    return Tested(float(scores.mean()), _routed(run, trees[0], predictions.round_weights(weights), tested))
+
+
+def _routed(run: Run, frozen: Frozen, weights: np.ndarray | None, tested: int) -> np.ndarray | None:
+    """[N] bool, of weights [N, T] as they are written; None where nothing chose among blocks with the task's own."""
+    chooses = run.method.routes and run.config.eval.routing == "method"
+    if weights is None or not chooses or tested >= len(run.stream.tasks):
+        return None
+    slot = run.method.slot_index(tested)
+    return weights.argmax(axis=1) == slot if np.asarray(frozen.enabled)[slot] else None

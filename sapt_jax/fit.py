@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from sapt_jax.sharding import own_slice, place_batch
 from sapt_jax.state import Frozen, Trainable, TrainState
 from sapt_jax.storage import preemption
 from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
+from sapt_jax.storage.costs import Costs, Meter
 
 
 def epoch_steps(config: ConfigDict, num_rows: int) -> int:
@@ -39,9 +40,14 @@ def total_steps(config: ConfigDict, num_rows: int) -> int:
     return min(steps, config.train.max_steps) if config.train.max_steps else steps
 
 
-def fit(
-    run: Run, frozen: Frozen, begin: Callable[[], Trainable], task_index: int, samples: Samples | None
-) -> Trainable:
+class Fitted(NamedTuple):
+    """The tree that scored best on dev, or the last one where nothing was evaluated; and what earlier calls spent."""
+
+    trainable: Trainable
+    before: Costs
+
+
+def fit(run: Run, frozen: Frozen, begin: Callable[[], Trainable], task_index: int, samples: Samples | None) -> Fitted:
     """Trains one task, going on from its latest checkpoint where there is one.
 
     The host runs ahead of the device: it hands over batches and reads the metrics of the interval before.
@@ -50,14 +56,11 @@ def fit(
       begin: gives what the task starts from.
       samples: of earlier tasks, for a method that wants them.
 
-    Returns:
-      The tree that scored best on dev, or the last one where nothing was evaluated.
-
     Raises:
       PreemptedError: the run was asked to stop; the step it stands at is saved.
       FloatingPointError: the loss or a gradient was not finite; the last checkpoint was finite, and is kept.
     """
-    task, config = run.stream.tasks[task_index], run.config
+    task, config, meter = run.stream.tasks[task_index], run.config, Meter()
     steps = total_steps(config, len(task.train))
     # Of all rows, also where epochs leave some out.
     period = config.train.eval_every_epochs * steps_per_epoch(len(task.train), config.train.batch_size)
@@ -68,6 +71,7 @@ def fit(
     # However the task is left, what was saved on the way is on disk.
     with TaskCheckpoints(run.folder(task_index)) as checkpoints, contextlib.ExitStack() as stack:
         state, best, loop = _open(run, checkpoints, begin)
+        before = loop.spent
         progress = stack.enter_context(TrainingProgress(run.console, place, steps, first_step=loop.step))
         curves = _Curves(run, task_index, place, progress)
         profiler = _Profiler(run)
@@ -92,14 +96,14 @@ def fit(
             if evaluate or loop.finished or stops or (every and step % every == 0):
                 # A run that goes on from here finds its curves up to here, and nothing that is not finite is saved.
                 curves.flush()
-                checkpoints.save(state, best, loop)
+                checkpoints.save(state, best, dataclasses.replace(loop, spent=before + meter.read()))
             if loop.finished:
                 break
             if stops:
                 raise preemption.PreemptedError(f"after step {step} of {place}")
         profiler.close(state)
         curves.close()
-    return best
+    return Fitted(best, before)
 
 
 def _open(run: Run, checkpoints: TaskCheckpoints, begin: Callable[[], Trainable]) -> tuple[TrainState, Trainable, Loop]:

@@ -75,7 +75,7 @@ def make_programs(config: ConfigDict, model: nn.Module, method: Method, mesh: Me
         frozen: Frozen, trainable: Trainable, source: jax.Array, source_mask: jax.Array, task: Task
     ) -> jax.Array:
         seen = method.features(apply, frozen.base, source, source_mask)
-        return method.weights(frozen, trainable, seen, task, training=False)
+        return method.test_weights(frozen, trainable, seen, task)
 
     def measure(frozen: Frozen, trainable: Trainable, batch: Batch, task: Task) -> Tree:
         return method.measure(apply, frozen, trainable, batch, task)

@@ -1,16 +1,31 @@
 """What a run tells after each task: scores.json, the table in the terminal, and the closing summary."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from sapt_jax.config import protocol_of
 from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES
+from sapt_jax.evaluation import Tested
+from sapt_jax.models.families import parameters
+from sapt_jax.pseudo_samples.pools import Pools, rows_kept
+from sapt_jax.pseudo_samples.writer import WRITER
 from sapt_jax.results import metrics, scores, terminal
+from sapt_jax.results.labels import count_kept, short
+from sapt_jax.results.references import References
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen
+from sapt_jax.storage.costs import read_costs
+
+
+class Tests(NamedTuple):
+    """What a task was followed by: its own tests and those of the tasks before it, and scores on unseen tasks."""
+
+    seen: list[Tested]
+    unseen: dict[str, float]
 
 
 @dataclasses.dataclass
@@ -20,13 +35,13 @@ class Tale:
     Attributes:
       run: the run.
       results: where its scores and predictions go.
-      single_task_scores: what FWT compares with, by task; may be empty.
+      references: what they are compared with.
       matrix: [T, T], NaN where there is no score yet.
     """
 
     run: Run
     results: epath.Path
-    single_task_scores: dict[str, float]
+    references: References
     matrix: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -43,17 +58,24 @@ class Tale:
             f"{sum(n for _, n in cut.values())} answers cut"
         )
 
-    def after_task(self, task_index: int, row: list[float], unseen: dict[str, float], frozen: Frozen) -> dict[str, Any]:
-        """Takes the scores [task_index + 1] after a task, and tells them.
+    def after_task(self, task_index: int, tests: Tests, pools: Pools, frozen: Frozen) -> dict[str, Any]:
+        """Takes the tests after a task, and tells them.
+
+        Args:
+          pools: the samples that the run has so far.
 
         Returns:
           What scores.json holds.
         """
         run, names = self.run, self.run.stream.names
+        row = [test.score for test in tests.seen]
         self.matrix = metrics.with_row(self.matrix, task_index, row)
-        run.log.log("scores", task_index=task_index, task=names[task_index], step=0, scores=row)
-        told = self._write(unseen, frozen)
-        title, width = f"Scores, {run.config.method}", run.console.width
+        if self.results == run.workdir:
+            # Beside it lie the scores of another way to test, which are no part of the curves.
+            run.log.log("scores", task_index=task_index, task=names[task_index], step=0, scores=row)
+        told = self._write(tests, pools, frozen)
+        labels = "; ".join(f"{name}: {value}" for name, value in short(told["labels"]).items())
+        title, width = f"Scores, {run.config.method} ({labels})", run.console.width
         run.console.print(terminal.score_table(self.matrix, names, told["metric_per_task"], title=title, width=width))
         return told
 
@@ -69,17 +91,21 @@ class Tale:
             "predictions": self.results / "predictions",
             "curves": run.workdir / "tensorboard",
         }
-        run.console.print(terminal.closing_summary(told["summary"], places, told["protocol"]))
+        run.console.print(terminal.closing_summary(told, places))
 
-    def _write(self, unseen: dict[str, float], frozen: Frozen) -> dict[str, Any]:
+    def _write(self, tests: Tests, pools: Pools, frozen: Frozen) -> dict[str, Any]:
         run, names = self.run, self.run.stream.names
         finished = metrics.finished_part(self.matrix)
-        single = self.single_task_scores
+        done, single = names[: len(finished)], self.references.single
         extra = {
+            "labels": self._labels(len(finished), pools),
+            "costs": {name: _costs(run, index) for index, name in enumerate(done)},
+            "routing": _routing(done, tests.seen),
+            "seen_averages": metrics.seen_averages(finished),
             **run.method.told(frozen.memory),
             "buckets": run.stream.buckets,
             "truncated": run.stream.truncated(),
-            "unseen": unseen,
+            "unseen": tests.unseen,
             "single_task_scores": single,
         }
         categories = {name: category for category, members in SUPERNI_CATEGORIES.items() for name in members}
@@ -91,7 +117,7 @@ class Tale:
             task_order=names,
             metric_per_task={task.name: task.task.metric for task in run.stream.tasks},
             matrix=self.matrix,
-            summary=metrics.summarise(finished, [single[name] for name in names[: len(finished)]] if single else None),
+            summary=metrics.summarise(finished, [single[name] for name in done] if single else None),
             seeds={"seed": run.config.seed, "data.seed": run.config.data.seed},
             protocol=protocol_of(run.config),
             config=run.config,
@@ -99,3 +125,32 @@ class Tale:
         )
         scores.write_scores(self.results, found)
         return found.told()
+
+    def _labels(self, finished: int, pools: Pools) -> dict[str, Any]:
+        """What a score over the first tasks says of itself. The last of them saw the samples of those before."""
+        run, method, earlier = self.run, self.run.method, finished - 1
+        leaves = method.kept_leaves(parameters(run.model), method.capacity(finished))
+        return {
+            "needs_task_id": method.needs_task_id,
+            "routing": run.config.eval.routing,
+            "old_data": method.old_data(run.config.pseudo_samples.source),
+            "rows": rows_kept(pools, earlier),
+            **count_kept(leaves, (pools[index] for index in range(earlier) if index in pools)),
+        }
+
+
+def _costs(run: Run, index: int) -> dict[str, Any] | None:
+    """What a task took, and, where the model writes samples, what writing them took; None in an older run."""
+    costs, writing = (read_costs(folder) for folder in (run.folder(index), run.folder(index) / WRITER))
+    if costs is None:
+        return None
+    return dataclasses.asdict(costs) | ({"writing_seconds": writing.seconds} if writing else {})
+
+
+def _routing(names: Sequence[str], tests: list[Tested]) -> dict[str, Any] | None:
+    """The shares of test rows whose largest weight is on their own task; None where nothing chooses."""
+    routed = {name: test.routed for name, test in zip(names, tests, strict=True) if test.routed is not None}
+    if not routed:
+        return None
+    by_task = {name: float(rows.mean()) for name, rows in routed.items()}
+    return {"accuracy": float(np.concatenate(list(routed.values())).mean()), "by_task": by_task}

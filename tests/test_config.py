@@ -53,12 +53,13 @@ CHOICES = {
     "train.best_of_equals": ("last", "first"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "eval.references": ("best", "first", "random"),
+    "eval.routing": ("method", "oracle"),
 }
 FREE = {
     "task_order", "disabled_tasks", "data_dir", "data.prefetch_threads", "data.prefetch_batches", "model.remat",
     "model.attention", "train.log_every_steps", "train.checkpoint_every_steps", "train.profile_steps",
-    "eval.batch_size", "eval.unseen_tasks", "eval.single_task_runs", "mesh.data", "mesh.fsdp", "mesh.tensor",
-    "mesh.rules",
+    "eval.batch_size", "eval.unseen_tasks", "eval.single_task_runs", "eval.routing", "mesh.data", "mesh.fsdp",
+    "mesh.tensor", "mesh.rules",
 }  # fmt: skip
 # Adding a method touches no list here: what a range or a choice means is the same for its settings as for these.
 OF_METHODS = tuple(f"{name}." for name in METHODS if name != "sapt")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sapt_jax import continual
-from sapt_jax.config import protocol_of
+from sapt_jax.config import check_config, protocol_of
 from sapt_jax.results.scores import Scores, write_scores
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
@@ -28,11 +28,29 @@ def test_forward_transfer_compares_a_run_with_a_withdrawn_task_too(tmp_path):
     alone = tiny_config(tmp_path)
     parts = (("shout",), {"shout": "rouge_l"}, np.array([[40.0]]), {}, {}, protocol_of(alone))
     write_scores(tmp_path, Scores("sapt", *parts, alone))
-    assert continual._single_task_scores(config, ("shout",)) == {"shout": 40.0}
+    assert continual._references(config, ("shout",)).single == {"shout": 40.0}
     alone.data.dev_size = 5
     write_scores(tmp_path, Scores("sapt", *parts, alone))
     with pytest.raises(ValueError, match="other settings of data.dev_size"):
-        continual._single_task_scores(config, ("shout",))
+        continual._references(config, ("shout",))
+
+
+def test_forward_transfer_compares_with_a_run_of_every_task_alone(tmp_path):
+    """As far as that has come; of a run of several tasks by another method it says nothing."""
+    names = ("shout", "mirror", "first")
+    config = tiny_config(tmp_path, **{"eval.single_task_runs": str(tmp_path)})
+    alone = tiny_config(tmp_path, method="single_task")
+    matrix = np.array([[40.0, np.nan, np.nan], [40.0, 50.0, np.nan], [np.nan] * 3])
+    parts = (names, dict.fromkeys(names, "rouge_l"), matrix, {}, {}, protocol_of(alone), alone)
+    write_scores(tmp_path, Scores("single_task", *parts))
+    assert continual._references(config, ("mirror", "shout")).single == {"shout": 40.0, "mirror": 50.0}
+    with pytest.raises(ValueError, match="config.eval.single_task_runs has no run of first"):
+        continual._references(config, names)
+    write_scores(tmp_path, Scores("sequential", *parts))
+    with pytest.raises(
+        ValueError, match="a run of 3 tasks by sequential; FWT needs one of config.method='single_task'"
+    ):
+        continual._references(config, names)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +67,8 @@ def test_a_run_leaves_what_it_promises(finished):
     matrix = np.array(stored["matrix"], float)
     assert np.isfinite(matrix[np.tril_indices(3)]).all() and np.isnan(matrix[np.triu_indices(3, 1)]).all()
     np.testing.assert_array_equal(matrix, np.array(scores["matrix"]))
-    assert set(stored["summary"]) == {"AP", "F.Ra", "FWT", "BWT"}
+    assert set(stored["summary"]) == {"AP", "F.Ra", "FWT", "BWT", "LA", "IM"}
+    np.testing.assert_allclose(stored["seen_averages"], [np.mean(row[: i + 1]) for i, row in enumerate(matrix)])
     assert len(predictions(workdir)) == 6
     rows = [json.loads(line) for line in predictions(workdir)["predictions/02-first/00-shout.jsonl"].splitlines()]
     assert len(rows) == 5
@@ -78,6 +97,9 @@ def test_the_same_command_again_changes_nothing(finished, data_dir):
     before = predictions(workdir), committed(workdir), (workdir / "metrics.jsonl").read_text()
     again = continual.run(tiny_config(data_dir, **{"train.checkpoint_every_steps": 2}), workdir)
     np.testing.assert_array_equal(again["matrix"], scores["matrix"])
+    assert [again[name] for name in ("labels", "costs", "routing")] == [
+        scores[name] for name in ("labels", "costs", "routing")
+    ]
     assert predictions(workdir) == before[0]
     assert_same_arrays(committed(workdir), before[1])
     assert (workdir / "metrics.jsonl").read_text() == before[2]
@@ -121,7 +143,12 @@ def test_killed_runs_end_like_the_uninterrupted_one(finished, data_dir, tmp_path
     assert predictions(workdir) == predictions(finished[0])
     assert (workdir / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
     before, after = (json.loads((folder / "scores.json").read_text()) for folder in (finished[0], workdir))
+    costs = [scores.pop("costs") for scores in (before, after)]
     assert before == after
+    # Of work that a kill undid no time is told; what a call finds finished took what it took then.
+    assert all(cost["seconds"] > 0 and cost["peak_bytes"] > 1e7 for run in costs for cost in run.values())
+    stored = [json.loads(file.read_text()) for file in sorted(workdir.glob("tasks/*/costs.json"))]
+    assert list(costs[1].values()) == stored
 
 
 def test_a_finished_run_takes_more_tasks(finished, data_dir, tmp_path):
@@ -172,6 +199,50 @@ def test_a_withdrawn_task_takes_no_part(finished, data_dir):
     overrides = {"train.checkpoint_every_steps": 2, "disabled_tasks": "nobody"}
     with pytest.raises(ValueError, match="config.disabled_tasks names nobody"):
         continual.run(tiny_config(data_dir, **overrides), workdir)
+
+
+def test_a_score_says_what_was_told_seen_and_kept(finished):
+    """Counted by hand: SAPT on a LLaMA of width 32 with two layers, and the bank that its checkpoint holds."""
+    workdir, scores = finished
+    labels = scores["labels"]
+    assert [labels[name] for name in ("needs_task_id", "routing", "old_data")] == [False, "method", "real"]
+    # The last task saw the pools of the two before it: at least four rows each, of 16 for training.
+    assert labels["rows"] == 2 * 4
+    arrays = committed(workdir)["02-first"]
+    kept = [x for name, x in arrays.items() if name.startswith(("['bank']", "['memory']", "['trainable'].selector"))]
+    assert labels["parameters"] == sum(x.size for x in kept)
+    tokens = (labels["bytes"] - sum(x.nbytes for x in kept)) / 4
+    assert tokens == int(tokens) and 8 * 5 < tokens < 8 * (48 + 16)
+
+
+def test_routing_is_read_off_the_weights_of_the_tests(finished):
+    workdir, scores = finished
+    own = {}
+    for slot, name in enumerate(("shout", "mirror", "first")):
+        lines = (workdir / f"predictions/02-first/{slot:02d}-{name}.jsonl").read_text().splitlines()
+        own[name] = [int(np.argmax(json.loads(line)["attention_weights"]) == slot) for line in lines]
+    assert scores["routing"]["by_task"] == {name: np.mean(rows) for name, rows in own.items()}
+    np.testing.assert_allclose(scores["routing"]["accuracy"], np.mean(sum(own.values(), [])))
+
+
+def test_an_oracle_puts_all_weight_on_the_tasks_own_block(finished, data_dir):
+    workdir, scores = finished
+    before = predictions(workdir)
+    config = tiny_config(data_dir, **{"train.checkpoint_every_steps": 2, "eval.routing": "oracle"})
+    told = continual.run(config, workdir)
+    assert told["protocol"]["eval.routing"] == told["labels"]["routing"] == "oracle" and told["routing"] is None
+    for name, text in predictions(workdir / "oracle").items():
+        slot = int(name.split("/")[2].split("-")[0])
+        rows = [json.loads(line)["attention_weights"] for line in text.splitlines()]
+        assert rows == [np.eye(3)[slot].tolist()] * 5
+    assert predictions(workdir) == before
+    assert json.loads((workdir / "scores.json").read_text())["labels"] == scores["labels"]
+    for method in ("sequential", "l2p", "single_task"):
+        with pytest.raises(ValueError, match="config.eval.routing='oracle': config.method='.*' does not choose among"):
+            kind = {"pet.kind": "prompt"} if method == "l2p" else {}
+            check_config(tiny_config(data_dir, method=method, **{"eval.routing": "oracle", **kind}))
+    with pytest.raises(ValueError, match="config.eval.unseen_tasks: config.eval.routing='oracle' is told"):
+        check_config(tiny_config(data_dir, **{"eval.routing": "oracle", "eval.unseen_tasks": "extra"}))
 
 
 def test_unseen_tasks_are_tested_after_the_last(finished, data_dir):

@@ -55,7 +55,7 @@ def read_source(apply: Apply, method: Method, question: Question, new_tokens: in
     """
     frozen, trainable, source, source_mask, task = question
     features = method.features(apply, frozen.base, source, source_mask)
-    weights = method.weights(frozen, trainable, features, task, training=False)
+    weights = method.test_weights(frozen, trainable, features, task)
     mixture = method.mixture(frozen, trainable, weights, task)
     logits, cache = apply(frozen.base, source, source_mask, new_tokens, mixture, method="prefill")
     of_answers = mixture.for_answers(answers)

@@ -111,6 +111,11 @@ class Method(abc.ABC):
         """
         return OLD_DATA[source] if self.samples else "none"
 
+    @property
+    def routes(self) -> bool:
+        """Whether it says itself, from an input alone, which task's block answers it: its choices are then scored."""
+        return self.mixing in ("attention", "routed") and not self.needs_task_id and self.capacity(2) > 1
+
     def uses(self, hook: str) -> bool:
         """Whether programs call a hook: where the method's class defines it."""
         return getattr(type(self), hook) is not getattr(Method, hook)
@@ -152,6 +157,11 @@ class Method(abc.ABC):
         """The leaves of the trainable tree."""
         return Trainable(self.block(parameters), self.selector(parameters))
 
+    def kept_leaves(self, parameters: Parameters, capacity: int) -> Tree:
+        """The leaves of all that a task leaves to the next one, with a bank of `capacity` slots."""
+        frozen = self.frozen_leaves(parameters, capacity)
+        return {"bank": frozen.bank, "memory": frozen.memory, "selector": self.selector(parameters)}
+
     def features(self, apply: Apply, base: Tree, source: jax.Array, source_mask: jax.Array) -> jax.Array:
         """What the method sees of inputs before it mixes: features [B, F] of source [B, S] and its mask."""
         return max_over_tokens(apply(base, source, method="embed"), source_mask, pool_padding=False)
@@ -176,6 +186,12 @@ class Method(abc.ABC):
         A method with several parts in a slot, and a mixture of its own, may give a weight for each part instead.
         """
         return own_slot(frozen, features, task.slot)
+
+    def test_weights(self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task) -> jax.Array:
+        """Weights at test time: those of `weights`, or for a method that routes but is told the task, 1 on its slot."""
+        if task.rows is not None and self.routes:
+            return own_slot(frozen, features, task.rows) * frozen.enabled
+        return self.weights(frozen, trainable, features, task, training=False)
 
     def mixture(self, frozen: Frozen, trainable: Trainable, weights: jax.Array, task: Task) -> Mixture:
         """The PET argument of the model under weights [B, T]: by default the bank with the slot in it."""

@@ -67,6 +67,10 @@ class Sapt(Method):
     def rows_before(self) -> int:
         return WARM_START_ROWS if self.warm_start_steps else 0
 
+    @property
+    def routes(self) -> bool:
+        return self.selection == "attention"
+
     def uses(self, hook: str) -> bool:
         return super().uses(hook) and (hook != "penalty" or self.kl_ratio > 0)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from sapt_jax.methods.base import Seen
 from sapt_jax.methods.sequential import Sequential
 from sapt_jax.pet import Mixture
-from sapt_jax.state import Frozen, Task, Trainable, Tree
+from sapt_jax.state import Frozen, Parameters, Task, Trainable, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Slao(Sequential):
     """
 
     only: ClassVar[tuple[str, str] | None] = ("lora", "merges LoRA's factors")
+
+    def kept_leaves(self, parameters: Parameters, capacity: int) -> Tree:
+        """And the working block."""
+        return super().kept_leaves(parameters, capacity) | {"slot": self.block(parameters)}
 
     def begin_task(
         self, rng: jax.Array, leaves: Trainable, frozen: Frozen, previous: Trainable | None, seen: Seen, task: Task

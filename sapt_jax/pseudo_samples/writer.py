@@ -30,7 +30,7 @@ from sapt_jax.data.stream import EncodedTask, Stream, encoding_rules
 from sapt_jax.data.task import Task
 from sapt_jax.decoding.answers import Ends, Sampling, make_sample
 from sapt_jax.evaluation import Trees, mixture_weights
-from sapt_jax.fit import fit
+from sapt_jax.fit import Fitted, fit
 from sapt_jax.methods.base import Seen
 from sapt_jax.passes import map_sources
 from sapt_jax.programs import make_apply, make_programs
@@ -39,6 +39,7 @@ from sapt_jax.pseudo_samples.written_samples import Collection
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen, Trainable
 from sapt_jax.storage import checkpoints
+from sapt_jax.storage.costs import Meter, write_costs
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
 EXAMPLES = 5
@@ -142,13 +143,15 @@ def write_pool(run: Run, writer: Writer, trees: Trees, task_index: int) -> Encod
     file = written_samples.pool_file(folder, BENCHMARKS[run.config.benchmark].folder, task.name)
     if file.is_file():
         return encode(read_pseudo_samples(file.parent.parent, task.name, may_be_empty=True))
-    blank = writer.run.empty(trees[0].base, 1)
-    collection = _collect(writer, (blank, _train(writer, blank, task_index)), task_index, rules)
+    blank, meter = writer.run.empty(trees[0].base, 1), Meter()
+    trainable, before = _train(writer, blank, task_index)
+    collection = _collect(writer, (blank, trainable), task_index, rules)
     pool = collection.pool(task.name)
     encoded = encode(pool)
     quality = written_samples.describe_pool(pool, task) | _attention_gap(run, trees, task_index, encoded)
     run.log.log("pseudo_samples", task_index=task_index, task=task.name, step=0, **quality)
     _tell(run, task.name, collection, quality)
+    write_costs(writer.run.folder(task_index), before + meter.read())
     if jax.process_index() == 0:
         report = {**quality, "wanted": collection.wanted, "rejected": collection.rejected}
         write_text_atomically(file.with_name("quality.json"), json.dumps(to_jsonable(report), indent=1) + "\n")
@@ -163,7 +166,7 @@ def _prompt_rules(run: Run) -> EncodingRules:
     return dataclasses.replace(rules, max_source_length=min(rules.max_source_length, longest))
 
 
-def _train(writer: Writer, blank: Frozen, task_index: int) -> Trainable:
+def _train(writer: Writer, blank: Frozen, task_index: int) -> Fitted:
     run = writer.run
 
     def begin() -> Trainable:

@@ -8,9 +8,15 @@ With tasks counted from 1 to T:
     F.Ra = 1/(T-1) sum_{j<T}  max_{i<T} a[i, j] - a[T, j]
     FWT  = 1/T     sum_i      a[i, i] - single[i]
     BWT  = 1/(T-1) sum_{i<T}  a[T, i] - a[i, i]
+    LA   = 1/T     sum_i      a[i, i]
+    IM   = 1/T     sum_i      joint[i] - a[i, i]
+    seen[i] = 1/i  sum_{j<=i} a[i, j]
 
 Formulas: Zhao et al., "SAPT", ACL 2024. `single[i]` is the score of a model trained on task i alone; the paper's code
-puts a constant in its place and divides BWT by T.
+puts a constant in its place and divides BWT by T. LA is learning accuracy (Riemer et al., arXiv 1810.11910). IM is
+intransigence (Chaudhry et al., ECCV 2018), whose reference for task i is trained on tasks 1 to i together; here
+`joint[i]` is the score of one model that was trained on all T together. seen[i] is the average over what was seen so
+far after each task.
 """
 
 import functools
@@ -162,9 +168,14 @@ def forward_transfer(matrix: np.ndarray, single_task_scores: Sequence[float] | N
     matrix = _check(matrix)
     if single_task_scores is None:
         return None
-    if len(single_task_scores) != len(matrix):
-        raise ValueError(f"{len(single_task_scores)} single-task scores for {len(matrix)} tasks")
-    return float((np.diag(matrix) - np.asarray(single_task_scores, dtype=np.float64)).mean())
+    return _mean_gain(matrix, single_task_scores)
+
+
+def _mean_gain(matrix: np.ndarray, scores: Sequence[float]) -> float:
+    """1/T sum_i (a[i, i] - scores[i])."""
+    if len(scores) != len(matrix):
+        raise ValueError(f"{len(scores)} scores to compare with for {len(matrix)} tasks")
+    return float((np.diag(matrix) - np.asarray(scores, dtype=np.float64)).mean())
 
 
 def backward_transfer(matrix: np.ndarray) -> float | None:
@@ -175,13 +186,38 @@ def backward_transfer(matrix: np.ndarray) -> float | None:
     return float((matrix[-1, :-1] - np.diag(matrix)[:-1]).mean())
 
 
-def summarise(matrix: np.ndarray, single_task_scores: Sequence[float] | None) -> dict[str, float | None]:
-    """{"AP", "F.Ra", "FWT", "BWT"} of a finished matrix [T, T]; None stands for what is not defined."""
+def learning_accuracy(matrix: np.ndarray) -> float:
+    """LA = 1/T sum_i a[i, i]: the mean score of tasks just after they were learned."""
+    return float(np.diag(_check(matrix)).mean())
+
+
+def intransigence(matrix: np.ndarray, joint_scores: Sequence[float] | None) -> float | None:
+    """IM = 1/T sum_i (joint[i] - a[i, i]): what learning in sequence costs; negative where it helps.
+
+    Args:
+        matrix: [T, T].
+        joint_scores: [T] scores of one model trained on all tasks together; None if there is none, and then IM is None.
+    """
+    matrix = _check(matrix)
+    return None if joint_scores is None else -_mean_gain(matrix, joint_scores)
+
+
+def seen_averages(matrix: np.ndarray) -> list[float]:
+    """[T] of seen[i] = 1/i sum_{j<=i} a[i, j]: after each task, the mean score over it and those before it."""
+    return [float(row[: index + 1].mean()) for index, row in enumerate(_check(matrix))]
+
+
+def summarise(
+    matrix: np.ndarray, single_task_scores: Sequence[float] | None, joint_scores: Sequence[float] | None = None
+) -> dict[str, float | None]:
+    """{"AP", "F.Ra", "FWT", "BWT", "LA", "IM"} of a finished matrix [T, T]; None stands for what is not defined."""
     return {
         "AP": average_performance(matrix),
         "F.Ra": forgetting_rate(matrix),
         "FWT": forward_transfer(matrix, single_task_scores),
         "BWT": backward_transfer(matrix),
+        "LA": learning_accuracy(matrix),
+        "IM": intransigence(matrix, joint_scores),
     }
 
 

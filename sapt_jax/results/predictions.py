@@ -43,10 +43,15 @@ class Answers:
     attention_weights: np.ndarray | None
 
 
+def round_weights(weights: np.ndarray) -> np.ndarray:
+    """Weights as a file has them, in float64."""
+    return np.round(np.asarray(weights, np.float64), 6)
+
+
 def write_predictions(file: epath.Path, answers: Answers) -> None:
     """Writes one line for each instance, in order, atomically, into a file of `predictions_file`."""
     instances, weights = answers.instances, answers.attention_weights
-    rows = [None] * len(instances) if weights is None else np.asarray(weights, np.float64)
+    rows = [None] * len(instances) if weights is None else round_weights(weights)
     lines = [
         json.dumps(
             to_jsonable(
@@ -56,7 +61,7 @@ def write_predictions(file: epath.Path, answers: Answers) -> None:
                     "prediction": text,
                     "references": instance.outputs,
                     "score": float(score),
-                    "attention_weights": None if row is None else np.round(row, 6),
+                    "attention_weights": row,
                 }
             ),
             ensure_ascii=False,
@@ -68,17 +73,19 @@ def write_predictions(file: epath.Path, answers: Answers) -> None:
         write_text_atomically(file, "".join(line + "\n" for line in lines))
 
 
-def read_predictions_scores(file: Path | epath.Path) -> list[float]:
-    """The score of each instance, 0 to 100, in the order of the file.
+def read_predictions(file: Path | epath.Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The scores [N] of the file's instances, 0 to 100, and their mixture weights [N, T] or None, in its order.
 
     Raises ValueError naming the file and the line that is not an answer with its score.
     """
-    scores = []
+    scores, weights = [], []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
-            scores.append(float(json.loads(line)["score"]))
+            row = json.loads(line)
+            scores.append(float(row["score"]))
+            weights.append(row.get("attention_weights"))
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{file}, line {number}: not an answer with its score; delete the file and run again"
             ) from None
-    return scores
+    return np.array(scores), None if None in weights else np.array(weights, np.float64)

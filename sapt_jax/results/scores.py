@@ -5,7 +5,7 @@ Only process 0 of a run on several hosts writes. JSON has no NaN: it is written 
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,29 +87,4 @@ def read_scores(workdir: str | Path) -> dict[str, Any]:
     size = len(scores["task_order"])
     if scores["matrix"].shape != (size, size):
         raise ValueError(f"{path}: the matrix has shape {scores['matrix'].shape}, but task_order has {size} tasks")
-    return scores
-
-
-def read_single_task_scores(
-    workdirs: Sequence[str], protocol: Mapping[str, Any], understand: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-) -> dict[str, float]:
-    """Task -> score of runs that learned one task each, what FWT compares with.
-
-    Args:
-        protocol: settings that have to be the same, by dotted name.
-        understand: a run's config, as it was written with its scores, -> its settings by dotted name, those that an
-            older run lacks included.
-
-    Raises FileNotFoundError or ValueError: a folder without scores, a run of several tasks, or another protocol.
-    """
-    scores = {}
-    for workdir in workdirs:
-        run = read_scores(workdir)
-        if len(run["task_order"]) != 1:
-            raise ValueError(f"{workdir}: a run of {len(run['task_order'])} tasks; FWT needs runs of one task each")
-        wanted, found = to_jsonable(protocol), to_jsonable(understand(run["config"]))
-        differ = sorted(name for name in wanted if found.get(name) != wanted[name])
-        if differ:
-            raise ValueError(f"{workdir}: scored with other settings of {', '.join(differ)}; run it with this run's")
-        scores[run["task_order"][0]] = float(run["matrix"][0, 0])
     return scores

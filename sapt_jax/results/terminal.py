@@ -17,12 +17,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from sapt_jax.results.labels import short
+
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
 SUMMARY_MEANINGS = {
     "AP": "mean score at the end, ↑ is better",
     "F.Ra": "lost from each task's best, ↓ is better",
     "FWT": "gained over training alone, ↑ is better",
     "BWT": "change since learned, ↑ is better",
+    "LA": "mean score just after learning, ↑ is better",
+    "IM": "lost to training on all tasks at once, ↓ is better",
 }
 _LINE_EVERY_SECONDS = 10.0
 _LEAST_NAME_WIDTH = 18
@@ -166,28 +170,30 @@ def score_table(
     return table
 
 
-def closing_summary(
-    summary: Mapping[str, float | None], places: Mapping[str, str | Path], protocol: Mapping[str, Any]
-) -> RenderableType:
-    """AP, F.Ra, FWT and BWT with their meaning, the protocol of the scores, and where everything lies.
+def closing_summary(told: Mapping[str, Any], places: Mapping[str, str | Path]) -> RenderableType:
+    """The measures with their meaning, the labels and the protocol of the scores, and where everything lies.
 
     Args:
-        summary: from metrics.summarise.
+        told: what scores.json holds.
         places: what -> path, such as {"scores": DIR/scores.json}.
-        protocol: settings that the scores depend on; they are printed with the scores.
     """
     figures = Table(title="At the end of the sequence", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     figures.add_column("")
     figures.add_column("", justify="right")
     figures.add_column("")
     for name, meaning in SUMMARY_MEANINGS.items():
-        figures.add_row(name, Text(format_score(summary.get(name), 2), style="bold"), Text(meaning, style="dim"))
+        score = format_score(told["summary"].get(name), 2)
+        figures.add_row(name, Text(score, style="bold"), Text(meaning, style="dim"))
     figures.show_header = False
     files = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, path in places.items():
         files.add_row(what, Text(str(path), overflow="fold"))
-    settings = ", ".join(f"{name}={value}" for name, value in protocol.items())
-    return Group(figures, Text(f"protocol: {settings}\n", style="dim"), files)
+    if told["routing"]:
+        share = f"{told['routing']['accuracy']:.1%}"
+        figures.add_row("routed", Text(share, style="bold"), Text("inputs to their own task's block", style="dim"))
+    labels = "; ".join(f"{name}: {value}" for name, value in short(told["labels"]).items())
+    settings = ", ".join(f"{name}={value}" for name, value in told["protocol"].items())
+    return Group(figures, Text(labels), Text(f"protocol: {settings}\n", style="dim"), files)
 
 
 def compare_runs(names: tuple[str, str], runs: tuple[Mapping[str, Any], Mapping[str, Any]], *, width: int) -> Group:

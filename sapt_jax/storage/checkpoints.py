@@ -21,6 +21,7 @@ from etils import epath
 from orbax.checkpoint import args as ocp_args
 
 from sapt_jax.state import TASKS, Frozen, Trainable, TrainState, is_leaf
+from sapt_jax.storage.costs import Costs
 from sapt_jax.storage.names import check_name
 from sapt_jax.storage.paths import as_path, is_remote
 
@@ -50,6 +51,7 @@ class Loop:
       stale: evaluations since then.
       finished: the task needs no more updates.
       buckets: batch shapes of the task, kept while it trains, also where a longer order would choose others.
+      spent: on the task up to here, over all calls.
     """
 
     step: int = 0
@@ -58,6 +60,7 @@ class Loop:
     stale: int = 0
     finished: bool = False
     buckets: tuple[tuple[int, int], ...] = ()
+    spent: Costs = Costs()
 
 
 def task_folder(workdir: str | Path, task_index: int, name: str) -> epath.Path:
@@ -142,10 +145,12 @@ class TaskCheckpoints:
                 loop=ocp_args.JsonRestore(),
             ),
         )
+        loop = restored["loop"]
+        plain = {"buckets": tuple(map(tuple, loop["buckets"])), "spent": Costs(**loop.get("spent", {}))}
         return (
             _like(state, restored["latest"]),
             _like(state.trainable, restored["best"]),
-            Loop(**{**restored["loop"], "buckets": tuple(map(tuple, restored["loop"]["buckets"]))}),
+            Loop(**{**loop, **plain}),
         )
 
     def __enter__(self) -> "TaskCheckpoints":

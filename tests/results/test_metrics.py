@@ -96,8 +96,10 @@ def test_score_errors_name_the_culprit(change, message):
 
 def test_two_tasks_by_hand():
     matrix = np.array([[50.0, np.nan], [40.0, 60.0]])
-    summary = metrics.summarise(matrix, [52.0, 55.0])
-    assert summary == pytest.approx({"AP": 50.0, "F.Ra": 10.0, "FWT": 55.0 - 53.5, "BWT": -10.0})
+    summary = metrics.summarise(matrix, [52.0, 55.0], [58.0, 61.0])
+    # Learned at 50 and 60; alone they reach 52 and 55, together 58 and 61.
+    expected = {"AP": 50.0, "F.Ra": 10.0, "FWT": 55.0 - 53.5, "BWT": -10.0, "LA": 55.0, "IM": 59.5 - 55.0}
+    assert summary == pytest.approx(expected)
 
 
 def test_three_tasks_by_hand():
@@ -105,13 +107,15 @@ def test_three_tasks_by_hand():
     # F.Ra = ((70 - 30) + (40 - 55)) / 2, BWT = ((30 - 60) + (55 - 40)) / 2.
     matrix = np.array([[60.0, np.nan, np.nan], [70.0, 40.0, np.nan], [30.0, 55.0, 80.0]])
     summary = metrics.summarise(matrix, None)
-    assert summary == {"AP": 55.0, "F.Ra": 12.5, "FWT": None, "BWT": -7.5}
+    assert summary == {"AP": 55.0, "F.Ra": 12.5, "FWT": None, "BWT": -7.5, "LA": 60.0, "IM": None}
+    # After the first task 60, after the second (70 + 40) / 2, after the third (30 + 55 + 80) / 3.
+    assert metrics.seen_averages(matrix) == [60.0, 55.0, 55.0]
 
 
 def test_summary_equals_written_out_sums():
     rng = np.random.default_rng(3)
     for num_tasks in (2, 3, 7):
-        a, single = _random_matrix(rng, num_tasks), rng.uniform(0, 100, num_tasks)
+        a, single, joint = _random_matrix(rng, num_tasks), *rng.uniform(0, 100, (2, num_tasks))
         last = num_tasks - 1
         forgotten = sum(max(a[i, j] for i in range(j, last)) - a[last, j] for j in range(last))
         expected = {
@@ -119,12 +123,17 @@ def test_summary_equals_written_out_sums():
             "F.Ra": forgotten / last,
             "FWT": sum(a[i, i] - single[i] for i in range(num_tasks)) / num_tasks,
             "BWT": sum(a[last, i] - a[i, i] for i in range(last)) / last,
+            "LA": sum(a[i, i] for i in range(num_tasks)) / num_tasks,
+            "IM": sum(joint[i] - a[i, i] for i in range(num_tasks)) / num_tasks,
         }
-        assert metrics.summarise(a, single) == pytest.approx(expected, rel=1e-12)
+        assert metrics.summarise(a, single, joint) == pytest.approx(expected, rel=1e-12)
+        seen = [sum(a[i, j] for j in range(i + 1)) / (i + 1) for i in range(num_tasks)]
+        assert metrics.seen_averages(a) == pytest.approx(seen, rel=1e-12)
 
 
 def test_one_task_has_no_forgetting_to_speak_of():
-    assert metrics.summarise(np.array([[42.0]]), [40.0]) == {"AP": 42.0, "F.Ra": None, "FWT": 2.0, "BWT": None}
+    summary = {"AP": 42.0, "F.Ra": None, "FWT": 2.0, "BWT": None, "LA": 42.0, "IM": None}
+    assert metrics.summarise(np.array([[42.0]]), [40.0]) == summary
 
 
 def test_matrix_is_filled_row_by_row():
@@ -144,8 +153,10 @@ def test_unfinished_or_misshapen_matrices_are_rejected():
         metrics.summarise(np.zeros((2, 3)), None)
     with pytest.raises(ValueError, match="square"):
         metrics.summarise(metrics.empty_matrix(0), None)
-    with pytest.raises(ValueError, match="1 single-task scores for 2"):
+    with pytest.raises(ValueError, match="1 scores to compare with for 2"):
         metrics.summarise(np.zeros((2, 2)), [1.0])
+    with pytest.raises(ValueError, match="3 scores to compare with for 2"):
+        metrics.summarise(np.zeros((2, 2)), None, [1.0, 2.0, 3.0])
 
 
 def test_mean_by_category():

@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 
 from sapt_jax.data.task import Instance
-from sapt_jax.results.predictions import Answers, predictions_file, read_predictions_scores, write_predictions
+from sapt_jax.results.predictions import (
+    Answers,
+    predictions_file,
+    read_predictions,
+    round_weights,
+    write_predictions,
+)
 
 TASKS = ("first", "second", "third")
 
 
-def _write(workdir, scores, texts=None):
+def _write(workdir, scores, texts=None, weights=None):
     instances = [Instance(f"i{n}", "an\x85input", ("x",)) for n in range(len(scores))]
     file = predictions_file(workdir, TASKS, 0, 1)
-    write_predictions(file, Answers(instances, ["x"] * len(scores) if texts is None else texts, scores, None))
+    write_predictions(file, Answers(instances, ["x"] * len(scores) if texts is None else texts, scores, weights))
     return file
 
 
@@ -38,8 +44,11 @@ def test_predictions_need_one_of_everything(tmp_path):
 
 
 def test_scores_read_back_in_order(tmp_path):
-    file = _write(tmp_path, [0.0, 100.0, 12.5])
-    assert read_predictions_scores(file) == [0.0, 100.0, 12.5]
+    weights = np.random.default_rng(0).dirichlet(np.ones(3), 3)
+    scores, read = read_predictions(_write(tmp_path, [0.0, 100.0, 12.5], weights=weights))
+    assert scores.tolist() == [0.0, 100.0, 12.5]
+    np.testing.assert_array_equal(read, round_weights(weights))
+    assert read_predictions(_write(tmp_path, [1.0]))[1] is None
 
 
 @pytest.mark.parametrize("line", ["nonsense", '{"id": "i1"}', '{"id": "i1", "score": null}', "[]"])
@@ -47,7 +56,7 @@ def test_a_line_without_a_score_is_named(tmp_path, line):
     file = _write(tmp_path, [50.0])
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(ValueError, match=r"01-second.jsonl, line 2: .* delete the file"):
-        read_predictions_scores(file)
+        read_predictions(file)
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

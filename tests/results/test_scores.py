@@ -32,7 +32,7 @@ def test_scores_read_back(tmp_path):
     expected = metrics.with_row(metrics.empty_matrix(3), 0, [12.5])
     np.testing.assert_array_equal(scores["matrix"], expected)
     assert scores["task_order"] == list(TASKS)
-    assert scores["summary"] == {"AP": 12.5, "F.Ra": None, "FWT": None, "BWT": None}
+    assert scores["summary"] == {"AP": 12.5, "F.Ra": None, "FWT": None, "BWT": None, "LA": 12.5, "IM": None}
     assert scores["config"] == {"train": {"epochs": 2}, "buckets": [[16, 8]]}
     assert scores["protocol"] == {"references": "best"}
     assert scores["category_scores"] == {"a": 1.0}

@@ -80,10 +80,16 @@ def test_fifteen_tasks_fit(width):
 
 
 def test_closing_summary_shows_figures_protocol_and_places(tmp_path):
-    summary = {"AP": 51.234, "F.Ra": 0.9, "FWT": None, "BWT": -0.57}
-    text = _show(terminal.closing_summary(summary, {"scores": tmp_path / "s.json"}, {"dev_is_test": True}), width=300)
-    for expected in ("51.23", "0.90", "-0.57", "dev_is_test=True", str(tmp_path / "s.json")):
+    told = {
+        "summary": {"AP": 51.234, "F.Ra": 0.9, "FWT": None, "BWT": -0.57},
+        "labels": {"needs_task_id": False, "routing": "method", "old_data": "real", "rows": 7, "bytes": 1_234_567},
+        "routing": {"accuracy": 0.875},
+        "protocol": {"dev_is_test": True},
+    }
+    text = _show(terminal.closing_summary(told, {"scores": tmp_path / "s.json"}), width=300)
+    for expected in ("51.23", "0.90", "-0.57", "87.5%", "dev_is_test=True", str(tmp_path / "s.json")):
         assert expected in text
+    assert "told the task: no; old data: real, 7 rows; kept: 1.23 MB" in text
     assert re.search(r"FWT\s+–", text)
 
 

@@ -11,6 +11,7 @@ from sapt_jax.optimization import make_optimizer
 from sapt_jax.pet import Lora
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
+from sapt_jax.storage.costs import Costs
 from tests.helpers.tiny import tiny_method
 
 ATTENTION = "decoder/layers/self_attention"
@@ -82,7 +83,7 @@ def test_nothing_saved_is_none(tmp_path):
     assert checkpoints.latest_step(tmp_path / "task") == 0
 
 
-@pytest.mark.parametrize("loop", [Loop(7), Loop(7, 4, 0.1 + 0.2, 2, True, ((16, 4), (32, 8)))])
+@pytest.mark.parametrize("loop", [Loop(7), Loop(7, 4, 0.1 + 0.2, 2, True, ((16, 4), (32, 8)), Costs(1.5, 9, "device"))])
 def test_a_task_in_training_comes_back_bit_for_bit(loop, tmp_path):
     state, best = make_state(1), make_trainable(3)
     save(tmp_path, state, best, loop)
