@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from sapt_jax.command_line import told_in_one_line
 from sapt_jax.results import terminal
 from sapt_jax.results.scores import read_scores
 
@@ -37,19 +38,16 @@ def run_names(runs: Sequence[dict[str, Any]], folders: Sequence[str | Path]) -> 
 
 
 def main(arguments: Sequence[str] | None = None, output: TextIO | None = None) -> int:
-    """Prints the comparison. Returns the exit code: 2 with one line on stderr where the runs cannot be compared."""
+    """Prints the comparison and returns 0; ends with 2 and one line on stderr where the runs cannot be compared."""
     parser = argparse.ArgumentParser(
         prog="python -m sapt_jax.compare", description="Two runs of sapt_jax side by side."
     )
     parser.add_argument("folders", metavar="DIR", nargs=2, help="the --workdir of a run")
     folders = parser.parse_args(arguments).folders
     console = terminal.make_console(output)
-    try:
+    with told_in_one_line("sapt_jax.compare", code=2):
         runs = tuple(read_scores(folder) for folder in folders)
         console.print(terminal.compare_runs(run_names(runs, folders), runs, width=console.width))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"sapt_jax.compare: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -12,6 +12,8 @@ import flax.traverse_util
 from ml_collections import ConfigDict, config_dict
 
 from sapt_jax import pet
+from sapt_jax.data.benchmarks import BENCHMARKS, SOURCES
+from sapt_jax.data.buckets import check_buckets
 from sapt_jax.data.pseudo_samples import PSEUDO_SOURCES
 from sapt_jax.methods import METHODS, Method
 from sapt_jax.models.families import DTYPES
@@ -20,15 +22,24 @@ from sapt_jax.models.layers import REMAT
 from sapt_jax.optimization import SCHEDULES, check_options, check_rates
 from sapt_jax.pet.lora import QUERY_AND_VALUE
 from sapt_jax.results.metrics import REFERENCE_CHOICES
-from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, Setting, settings_of
+from sapt_jax.settings import FINITE, NOT_NEGATIVE, POSITIVE, Range, Setting, settings_of
+
+# What both JAX and numpy take for a seed as it is.
+_SEED = Range(0, 2**32 - 1)
+# An end token, and something before it.
+_LENGTH = Range(2)
+# As many as there are, or a number of them.
+_DEVICES = Range(-1)
 
 _RUN: dict[str, Setting] = {
-    "seed": Setting(42, "Of everything but the splits of the data."),
+    "seed": Setting(42, "Of everything but the splits of the data.", _SEED),
     "method": Setting("sapt", "The continual-learning method.", choices=tuple(METHODS)),
-    "benchmark": Setting("superni", "superni, long_sequence, own or demo."),
+    "benchmark": Setting("superni", "Which tasks, and how they are asked and scored.", choices=tuple(BENCHMARKS)),
     "task_order": Setting("superni_1572", "A named order, or task names with commas.", free=True),
     "disabled_tasks": Setting("", "Tasks withdrawn from the mixture, with commas.", free=True, protocol=True),
-    "data_source": Setting("", "Where tasks come from, if not the benchmark's usual source.", protocol=True),
+    "data_source": Setting(
+        "", "Where tasks come from, if not the benchmark's usual source.", choices=("", *SOURCES), protocol=True
+    ),
     "data_dir": Setting("", "Holds CL_Benchmark and generated_data; empty reads SAPT_DATA_DIR.", free=True),
 }
 _MODEL = {
@@ -41,7 +52,10 @@ _MODEL = {
     "param_dtype": Setting("bfloat16", "Of the base weights.", choices=tuple(DTYPES)),
     "remat": Setting("none", "What is computed again in the backward pass.", choices=tuple(REMAT), free=True),
     "dropout": Setting(
-        0.0, "Of T5 in training, as its pretraining and the released code have it at 0.1.", NOT_NEGATIVE, protocol=True
+        0.0,
+        "Of T5 in training, as its pretraining and the released code have it at 0.1.",
+        Range(0, 1, below=True),
+        protocol=True,
     ),
     "attention": Setting(
         "auto",
@@ -84,13 +98,15 @@ _WRITER = {
     "max_length": Setting(512, "Tokens of a definition and an input; a longer text is no sample.", POSITIVE),
     "temperature": Setting(1.0, "Of drawing.", POSITIVE),
     "top_k": Setting(20, "Only so many tokens take part in a draw; 0 is all.", NOT_NEGATIVE),
-    "top_p": Setting(1.0, "Only tokens before which less probability lies take part; 1 is all.", POSITIVE),
+    "top_p": Setting(
+        1.0, "Only tokens before which less probability lies take part; 1 is all.", Range(0, 1, above=True)
+    ),
     "draws": Setting(20, "Texts drawn for each sample wanted, at most.", POSITIVE),
     "answers": Setting(False, "Whether samples carry answers; the reflection loss needs none."),
 }
 _DATA = {
-    "max_source_length": Setting(512, "Tokens of a prompt.", POSITIVE, protocol=True),
-    "max_target_length": Setting(50, "Tokens of an answer.", POSITIVE, protocol=True),
+    "max_source_length": Setting(512, "Tokens of a prompt.", _LENGTH, protocol=True),
+    "max_target_length": Setting(50, "Tokens of an answer.", _LENGTH, protocol=True),
     "truncation": Setting(
         "middle",
         '"middle" keeps the definition and "Output: "; "end" loses the end, as the released code.',
@@ -113,7 +129,7 @@ _DATA = {
     "max_train": Setting(0, "Instances of each task; 0 takes all.", NOT_NEGATIVE, protocol=True),
     "max_dev": Setting(0, "Instances of each task; 0 takes all.", NOT_NEGATIVE, protocol=True),
     "max_test": Setting(0, "Instances of each task; 0 takes all.", NOT_NEGATIVE, protocol=True),
-    "seed": Setting(0, "Of the splits, so that runs with several training seeds share them.", protocol=True),
+    "seed": Setting(0, "Of the splits, so that runs with several training seeds share them.", _SEED, protocol=True),
     "on_bad_instance": Setting(
         "skip_empty",
         'Rows with an empty input or output: "skip_empty" leaves them out, "keep" keeps them. Broken rows are an '
@@ -127,7 +143,7 @@ _DATA = {
     "source_multiple": Setting(16, "Lengths of sources are rounded up to it.", POSITIVE),
     "target_multiple": Setting(4, "Lengths of answers are rounded up to it.", POSITIVE),
     "prefetch_threads": Setting(1, "Threads that make batches ahead.", NOT_NEGATIVE, free=True),
-    "prefetch_batches": Setting(8, "Batches that they keep ready.", NOT_NEGATIVE, free=True),
+    "prefetch_batches": Setting(8, "Batches that they keep ready.", POSITIVE, free=True),
 }
 _TRAIN = {
     "epochs": Setting(100, "Passes over a task's training rows.", POSITIVE),
@@ -189,7 +205,7 @@ _EVAL = {
     ),
     "max_new_tokens": Setting(50, "Tokens of an answer.", POSITIVE, protocol=True),
     "beams": Setting(1, "1 is greedy.", POSITIVE, protocol=True),
-    "length_penalty": Setting(0.6, "T5X's, of beams: ((5 + length) / 6) ** length_penalty.", protocol=True),
+    "length_penalty": Setting(0.6, "T5X's, of beams: ((5 + length) / 6) ** length_penalty.", FINITE, protocol=True),
     "routing": Setting(
         "method",
         'Who chooses the blocks of a test input: the method, or for a diagnosis "oracle", which puts all weight on the '
@@ -204,9 +220,9 @@ _EVAL = {
     "unseen_tasks": Setting("", "Tasks never trained on, scored after the last, with commas.", free=True),
 }
 _MESH = {
-    "data": Setting(-1, "Devices that split the rows; one of the three may be -1: what is left.", free=True),
-    "fsdp": Setting(1, "Devices that split rows and weights.", free=True),
-    "tensor": Setting(1, "Devices that split each matrix product.", free=True),
+    "data": Setting(-1, "Devices that split the rows; one of the three may be -1: what is left.", _DEVICES, free=True),
+    "fsdp": Setting(1, "Devices that split rows and weights.", _DEVICES, free=True),
+    "tensor": Setting(1, "Devices that split each matrix product.", _DEVICES, free=True),
     "rules": Setting((), "Pairs that replace rules of sapt_jax/sharding.py.", free=True),
 }
 _SECTIONS = {
@@ -286,6 +302,9 @@ def unknown_fields(names: Iterable[str]) -> list[str]:
     """A sentence for each of the dotted names that is no setting, with the nearest that is one."""
     problems = []
     for name in sorted(set(names) - SETTINGS.keys()):
+        if any(other.startswith(f"{name}.") for other in SETTINGS):
+            problems.append(f"config.{name} is a section of settings: name one of them, config.{name}.NAME.")
+            continue
         near = RENAMED.get(name) or next(iter(difflib.get_close_matches(name, SETTINGS, n=1)), None)
         problems.append(f"config.{name} is not a setting." + (f" Did you mean config.{near}?" if near else ""))
     return problems
@@ -322,7 +341,9 @@ def check_config(config: ConfigDict) -> None:
             'config.pseudo_samples.pool_answers: samples that the model writes (source="generate") are pooled as '
             "prompts alone; set it to False."
         )
-    check_options(config.optimizer.options)
+    if config.data.buckets:
+        check_buckets(config.data.buckets)
+    check_options(config.optimizer.name, config.optimizer.options)
     check_rates(config.optimizer.rates)
     method = make_method(config)
     is_oracle = config.eval.routing == "oracle"

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sapt_jax import continual
-from sapt_jax.config import unknown_fields
+from sapt_jax.command_line import parse_flags, told_in_one_line
 from sapt_jax.storage import preemption
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, a file of configs/.", lock_config=True)
@@ -29,22 +29,19 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
-        _join_processes()
-        continual.run(_CONFIG.value, _WORKDIR.value)
-    except preemption.PreemptedError as place:
-        if jax.process_index() == 0:
-            print(f"stopped {place}, and saved. The same command goes on from there.", file=sys.stderr)
-        sys.exit(preemption.EXIT_CODE)
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        # What a user can mend is told without the program's own stack; --verbosity=1 shows it.
-        if flags.FLAGS.verbosity > 0:
-            raise
-        sys.exit(f"error: {error}")
+    # With --verbosity=1 the program's own stack is shown.
+    with told_in_one_line(verbose=flags.FLAGS.verbosity > 0):
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}. Settings are --config.NAME=VALUE.")
+        try:
+            _join_processes()
+            continual.run(_CONFIG.value, _WORKDIR.value)
+        except preemption.PreemptedError as place:
+            if jax.process_index() == 0:
+                print(f"stopped {place}, and saved. The same command goes on from there.", file=sys.stderr)
+            sys.exit(preemption.EXIT_CODE)
 
 
 def _join_processes() -> None:
@@ -58,16 +55,6 @@ def _join_processes() -> None:
         jax.distributed.initialize()
     else:
         preemption.watch()
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, after a check of the names in --config.NAME: its own error would not be one line."""
-    flag = "config."
-    names = [argument.lstrip("-").split("=")[0] for argument in argv[1:] if argument.startswith("-")]
-    problems = unknown_fields(name.removeprefix(flag) for name in names if name.startswith(flag))
-    if problems:
-        sys.exit("error: " + "\n".join(problems))
-    return app.parse_flags_with_usage(argv)
 
 
 if __name__ == "__main__":

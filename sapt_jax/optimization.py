@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sapt_jax.settings import FINITE, NOT_NEGATIVE, POSITIVE, Range, shown
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 # (regular expression over leaf paths, factor on the learning rate); None instead of a factor trains nothing.
@@ -73,33 +75,44 @@ def check_rates(rates: Rates) -> None:
         try:
             pattern, factor = rate
             re.compile(pattern)
-            if factor is not None and not factor >= 0:
+            if factor is not None and factor not in NOT_NEGATIVE:
                 raise ValueError
         except (TypeError, ValueError, re.error):
             problems.append(repr(rate))
     if problems or not rates:
         raise ValueError(
-            f"config.optimizer.rates: {', '.join(problems) or 'nothing'} cannot be. An entry is a pair of a regular "
-            "expression over leaf paths and a factor on the learning rate, or None for leaves that are not trained."
+            f"config.optimizer.rates={shown(rates)}: {', '.join(problems) or 'nothing'} cannot be. An entry is a pair "
+            "of a regular expression over leaf paths and a factor on the learning rate, or None for leaves that are "
+            "not trained."
         )
 
 
-def check_options(options: Sequence[tuple[str, Any]]) -> None:
-    """Checks the form of an optimizer's options.
+def check_options(name: str, options: Sequence[tuple[str, Any]]) -> None:
+    """Checks an optimizer's options by their form and range, and by making it.
 
     Raises:
-      ValueError: names every entry that is no pair of a name and a value.
+      ValueError: names every entry that is no pair of a name and a value, or a number out of range; or the optimizer
+        has no such options, or cannot use their values.
     """
-    problems = [
-        repr(option)
-        for option in options
-        if not (isinstance(option, list | tuple) and len(option) == 2 and isinstance(option[0], str))
-    ]
-    if problems:
+    given = f"config.optimizer.options={shown(options)}"
+    pairs = [entry for entry in options if isinstance(entry, list | tuple) and len(entry) == 2]
+    pairs = [entry for entry in pairs if isinstance(entry[0], str)]
+    if problems := [shown(entry) for entry in options if entry not in pairs]:
         raise ValueError(
-            f"config.optimizer.options: {', '.join(problems)} cannot be. An entry is a pair of a name and a value, as "
-            "in --config.optimizer.options=\"(('weight_decay', 0.1),)\"."
+            f"{given}: {', '.join(problems)} cannot be. An entry is a pair of a name and a value, as in "
+            "--config.optimizer.options=\"(('weight_decay', 0.1),)\"."
         )
+    for option, value in pairs:
+        within = _OPTION_RANGES.get(option, FINITE)
+        if isinstance(value, int | float) and value not in within:
+            raise ValueError(f"{given}: {option} must be {within}.")
+    # The rate is checked as a setting of its own.
+    optimizer = make_optimizer(name, dict(pairs), 1e-3, ((".*", 1.0),), 1.0)
+    try:
+        tree = {"x": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        jax.eval_shape(lambda tree: optimizer.update(tree, optimizer.init(tree), tree), tree)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{given}: config.optimizer.name={name!r} cannot use them ({error}).") from None
 
 
 def hf_adamw(
@@ -126,6 +139,13 @@ def hf_adamw(
 
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
+
+# Of what optax's optimizers call so; of another number they say themselves what they take.
+_OPTION_RANGES = {
+    **dict.fromkeys(("b1", "b2", "b3", "decay", "decay_rate", "momentum", "beta"), Range(0, 1, below=True)),
+    **dict.fromkeys(("eps", "epsilon"), POSITIVE),
+    **dict.fromkeys(("eps_root", "weight_decay", "initial_accumulator_value"), NOT_NEGATIVE),
+}
 
 # By name, beside those of optax.
 _OWN = {"hf_adamw": hf_adamw}

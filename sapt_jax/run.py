@@ -132,6 +132,12 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
             "config.model.tokenizer must be the one that the model was trained with."
         )
+    # The first step of a search has twice as many candidates of one beam.
+    if 2 * config.eval.beams > shape.vocab_size:
+        raise ValueError(
+            f"config.eval.beams={config.eval.beams} must be at most {shape.vocab_size // 2}, half of the model's "
+            "vocabulary."
+        )
     num_tasks = len(resolve_task_order(config.task_order, config.benchmark))
     stream = load_stream(
         config,

@@ -68,8 +68,10 @@ def test_an_unfinished_run_is_shown_as_far_as_it_got(two_runs, tmp_path):
 
 
 def test_what_cannot_be_compared_is_one_line_on_stderr(two_runs, tmp_path, capsys):
-    assert compare.main([two_runs[0], str(tmp_path / "absent")], io.StringIO()) == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        compare.main([two_runs[0], str(tmp_path / "absent")], io.StringIO())
     assert "absent/scores.json: no such file" in capsys.readouterr().err
     _write(tmp_path / "other", "sequential", np.array([[51.0, np.nan], [7.5, 61.0]]), task_order=("b", "a"))
-    assert compare.main([two_runs[0], str(tmp_path / "other")], io.StringIO()) == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        compare.main([two_runs[0], str(tmp_path / "other")], io.StringIO())
     assert "different task orders" in capsys.readouterr().err

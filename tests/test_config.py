@@ -1,6 +1,7 @@
 """The settings: every fault is named in one error, old runs are understood, and a run goes on with its own only."""
 
 import json
+import math
 
 import pytest
 from ml_collections import ConfigDict
@@ -17,23 +18,23 @@ from sapt_jax.config import (
 )
 from sapt_jax.methods import METHODS
 from sapt_jax.recorded_config import check_same_run, record_config, upgrade
-from sapt_jax.settings import Setting
+from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, Range, Setting
 
-POSITIVE = (
+POSITIVE_SETTINGS = (
     "pet.rank", "pet.alpha", "pet.prompt_length", "sapt.query_hidden", "sapt.temperature", "sapt.reflection_batch",
     "sapt.warm_start_learning_rate", "pseudo_samples.writer.rank", "pseudo_samples.writer.alpha",
     "pseudo_samples.writer.steps", "pseudo_samples.writer.batch_size", "pseudo_samples.writer.max_length",
-    "pseudo_samples.writer.temperature", "pseudo_samples.writer.top_p", "pseudo_samples.writer.draws",
-    "data.max_source_length", "data.max_target_length", "data.max_buckets", "data.source_multiple",
+    "pseudo_samples.writer.temperature", "pseudo_samples.writer.draws",
+    "data.prefetch_batches", "data.max_buckets", "data.source_multiple",
     "data.target_multiple", "train.epochs", "train.batch_size", "train.accumulation", "train.eval_every_epochs",
     "train.log_every_steps", "optimizer.max_grad_norm", "eval.batch_size", "eval.max_new_tokens", "eval.beams",
 )  # fmt: skip
-NOT_NEGATIVE = (
+NOT_NEGATIVE_SETTINGS = (
     "sapt.kl_ratio", "sapt.warm_start_steps", "pet.capacity", "pseudo_samples.ratio", "pseudo_samples.minimum",
     "data.dev_size", "data.max_train", "data.max_dev", "data.max_test", "data.prefetch_threads",
-    "data.prefetch_batches", "train.max_steps", "train.patience", "train.checkpoint_every_steps",
+    "train.max_steps", "train.patience", "train.checkpoint_every_steps",
     "optimizer.learning_rate", "optimizer.warmup_steps", "pseudo_samples.writer.learning_rate",
-    "pseudo_samples.writer.top_k", "model.dropout",
+    "pseudo_samples.writer.top_k",
 )  # fmt: skip
 CHOICES = {
     "pseudo_samples.source": ("generate", "files", "train", "none"),
@@ -97,18 +98,48 @@ def test_a_missing_field_is_named():
         check_config(config)
 
 
-@pytest.mark.parametrize(("names", "least", "word"), [(POSITIVE, 1, "positive"), (NOT_NEGATIVE, 0, "not negative")])
-def test_a_value_out_of_range_is_named(names, least, word):
+@pytest.mark.parametrize(
+    ("names", "least", "within"), [(POSITIVE_SETTINGS, 1, POSITIVE), (NOT_NEGATIVE_SETTINGS, 0, NOT_NEGATIVE)]
+)
+def test_a_value_out_of_range_is_named(names, least, within):
     fields = flatten(default_config())
-    known = {name for name in SETTINGS if SETTINGS[name].must_be == word and not name.startswith(OF_METHODS)}
+    known = {name for name in SETTINGS if SETTINGS[name].must_be == within and not name.startswith(OF_METHODS)}
     assert known - set(names) <= {"sapt.query_init_std"}
     for name in names:
         lowest = type(fields[name])(least)
         check_config(changed(**{name: lowest, "train.accumulation": 1}))
-        with pytest.raises(ValueError, match=f"config.{name}={lowest - 1} must be {word}"):
+        with pytest.raises(ValueError, match=f"config.{name}={lowest - 1} must be {within}"):
             check_config(changed(**{name: lowest - 1}))
         with pytest.raises(ValueError, match=f"config.{name}=None must be of type {type(lowest).__name__}"):
             check_config(changed(**{name: None}))
+
+
+NUMBERS = [name for name, row in SETTINGS.items() if (row.of_type or type(row.default)) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range_without_nan_and_infinity(name):
+    row = SETTINGS[name]
+    assert row.must_be is not None, "say which numbers it takes"
+    assert row.default is None or row.problem(name, row.default) is None
+    for value in (math.nan, math.inf, -math.inf, 10**5000, -(10**5000)):
+        problem = row.problem(name, value)
+        assert problem.startswith(f"config.{name}=") and " must be " in problem and len(problem) < 200
+
+
+def test_what_a_range_takes():
+    share = Range(0, 1, below=True)
+    assert (
+        0 in share and 0.99 in share and 1 not in share and -1e-9 not in share and str(share) == "from 0 to less than 1"
+    )
+    assert 0 not in POSITIVE and 1e-300 in POSITIVE and 0 in NOT_NEGATIVE
+    for name, value in (
+        ("seed", 123456789012), ("seed", -1), ("data.seed", 2**32), ("model.dropout", 1.0), ("mesh.data", -2),
+        ("pseudo_samples.writer.top_p", 1.5), ("data.max_source_length", 1), ("pet.rank", 2**31),
+    ):  # fmt: skip
+        assert SETTINGS[name].problem(name, value).startswith(f"config.{name}={value} must be ")
+    assert SETTINGS["seed"].problem("seed", 2**32 - 1) is None
+    assert SETTINGS["data.max_target_length"].problem("x", 1) == "config.x=1 must be at least 2."
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -122,7 +153,7 @@ def test_an_unknown_choice_is_named_with_those_there_are(name):
 
 def test_every_choice_is_tested():
     known = {name for name, row in SETTINGS.items() if row.choices and not name.startswith(OF_METHODS)}
-    assert known == CHOICES.keys() | {"method"}
+    assert known == CHOICES.keys() | {"method", "benchmark", "data_source"}
     for name in ("sapt", "sequential", "inc_lora"):
         check_config(changed(method=name))
     with pytest.raises(ValueError, match="config.method='sapd' is unknown; choose one of sapt, sequential, inc_lora"):
@@ -156,12 +187,27 @@ def test_what_does_not_go_together_is_named():
         ),
         ({"train.profile_steps": (3, 2)}, r"config.train.profile_steps=\(3, 2\) must be \(first, last\) step"),
         ({"train.profile_steps": ("3", "4")}, r"config.train.profile_steps=\('3', '4'\) must be \(first, last\) step"),
-        ({"optimizer.rates": (("(", 1.0),)}, "config.optimizer.rates: "),
+        ({"optimizer.rates": (("(", 1.0),)}, r"config.optimizer.rates=.*: \('\(', 1.0\) cannot be"),
         (
             {"pseudo_samples.pool_answers": True, "pseudo_samples.source": "generate"},
             "config.pseudo_samples.pool_answers: samples that the model writes",
         ),
-        ({"optimizer.options": ("weight_decay", 0.1)}, "config.optimizer.options: 'weight_decay', 0.1 cannot be"),
+        (
+            {"optimizer.options": ("weight_decay", 0.1)},
+            r"options=\('weight_decay', 0.1\): 'weight_decay', 0.1 cannot be",
+        ),
+        ({"optimizer.options": (("b1", 1.5),)}, r"options=\(\('b1', 1.5\),\): b1 must be from 0 to less than 1"),
+        ({"optimizer.options": (("b2", -1),)}, "b2 must be from 0 to less than 1"),
+        ({"optimizer.options": (("eps", -1.0),)}, "eps must be positive"),
+        ({"optimizer.options": (("weight_decay", math.nan),)}, "weight_decay must be not negative"),
+        ({"optimizer.options": (("weight_decay", "x"),)}, "config.optimizer.name='adamw' cannot use them"),
+        ({"optimizer.options": (("momentun", 0.9),)}, "adamw takes no momentun"),
+        ({"optimizer.name": "adamx"}, "config.optimizer.name='adamx' is no optimizer"),
+        ({"optimizer.rates": ((".*", math.inf),)}, "config.optimizer.rates="),
+        ({"data.buckets": (64,)}, r"config.data.buckets=\(64,\) must be pairs of positive lengths"),
+        ({"data.buckets": (("a", 4),)}, "must be pairs of positive lengths"),
+        ({"data.buckets": ((8, 2.5),)}, "must be pairs of positive lengths"),
+        ({"data.buckets": ((8, 4), (4, 8))}, r"one must bound all the others; add \(8, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):
             check_config(changed(**changes))

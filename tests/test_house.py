@@ -31,7 +31,7 @@ LAYERS = (
     ("main", "compare"),
     ("continual",),
     ("tell", "fit", "evaluation", "run", "pseudo_samples"),
-    ("programs", "config", "recorded_config", "passes"),
+    ("programs", "config", "recorded_config", "command_line", "passes"),
     ("methods", "decoding", "results"),
     ("models", "pretrained", "data"),
     ("pet",),

@@ -6,6 +6,7 @@ python -m sapt_jax.convert SUBCOMMAND --help
 import argparse
 import sys
 
+from sapt_jax.command_line import told_in_one_line
 from sapt_jax.convert import base_commands, learned_commands
 
 
@@ -23,10 +24,8 @@ def main(arguments: list[str]) -> None:
     base_commands.add_commands(subparsers)
     learned_commands.add_commands(subparsers)
     chosen = parser.parse_args(arguments)
-    try:
+    with told_in_one_line():
         chosen.command(chosen)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

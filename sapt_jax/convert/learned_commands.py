@@ -1,14 +1,12 @@
 """Commands that take what a run learned to PyTorch and back."""
 
 import argparse
-import importlib.util
 import shlex
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from sapt_jax.config import check_config, default_config, flatten
+from sapt_jax.command_line import load_config
+from sapt_jax.config import check_config, flatten
 from sapt_jax.convert.subcommand import add_subcommand
 from sapt_jax.export import reference, to_hf, to_peft, to_torch
 from sapt_jax.export.learned import read_run
@@ -111,34 +109,13 @@ def from_reference(arguments: argparse.Namespace) -> None:
       FileNotFoundError, FileExistsError, ModuleNotFoundError, ValueError: from `reference.read_saved`.
     """
     before = load_config(arguments.config)
+    check_config(before)
     after = flatten(reference.read_saved(arguments.saved, arguments.base, before, arguments.out))
     changed = {name: value for name, value in after.items() if value != flatten(before)[name]}
     command = ["python", "-m", "sapt_jax.main", f"--config={arguments.config or _DEFAULT}"]
     command += [f"--config.{name}={value}" for name, value in changed.items()]
     print("To go on, with more tasks at the end of config.task_order:")
     print(f"  {shlex.join([*command, f'--workdir={arguments.out}'])}")
-
-
-def load_config(address: str) -> ConfigDict:
-    """The config of a file FILE or FILE:ARGUMENT, as `sapt_jax.main --config` takes it; "" is the default one.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no config.
-    """
-    if not address:
-        return default_config()
-    name, colon, argument = address.partition(":")
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"--config={address}: {name} does not exist")
-    spec = importlib.util.spec_from_file_location("config_file", name)
-    if spec is None:
-        raise ValueError(f"--config={address}: {name} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(argument) if colon else module.get_config()
-    check_config(config)
-    return config
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

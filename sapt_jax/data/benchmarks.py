@@ -263,7 +263,9 @@ def cut_splits(task: Task, rules: SplitRules) -> Task:
     elif not dev and rules.dev_size > 0:
         size = max(1, min(rules.dev_size, len(train) // 5))
         if len(train) < 2:
-            raise ValueError(f"{task.name}: cannot cut dev from {len(train)} training instance(s); set dev_size=0.")
+            raise ValueError(
+                f"{task.name}: cannot cut dev from {len(train)} training instance(s); set config.data.dev_size=0."
+            )
         chosen = set(task_rng(rules.seed, task.name, "dev").choice(len(train), size, replace=False).tolist())
         dev = tuple(instance for i, instance in enumerate(train) if i in chosen)
         train = tuple(instance for i, instance in enumerate(train) if i not in chosen)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sapt_jax.settings import shown
+
 Bucket = tuple[int, int]
 
 
@@ -66,17 +68,15 @@ def choose_buckets(
 
 def check_buckets(buckets: Sequence[Sequence[int]]) -> list[Bucket]:
     """Sorts buckets (given in the config, or chosen) by Ls + Lt; the last has to bound all the others."""
+    given = f"config.data.buckets={shown(buckets)}"
     pairs = all(isinstance(bucket, list | tuple) and len(bucket) == 2 for bucket in buckets)
-    ordered = (
-        sorted({tuple(map(int, bucket)) for bucket in buckets}, key=lambda bucket: (sum(bucket), bucket))
-        if pairs
-        else []
-    )
-    if not ordered or min(min(bucket) for bucket in ordered) < 1:
-        raise ValueError(f"buckets must be pairs of positive lengths (source, target), not {list(buckets)!r}.")
+    lengths = [length for bucket in buckets for length in bucket] if pairs else []
+    if not lengths or not all(isinstance(n, int | np.integer) and 0 < n < 2**31 for n in lengths):
+        raise ValueError(f"{given} must be pairs of positive lengths (source, target), such as ((256, 32), (512, 64)).")
+    ordered: list[Bucket] = sorted({(int(ls), int(lt)) for ls, lt in buckets}, key=lambda pair: (sum(pair), pair))
     top = (max(ls for ls, _ in ordered), max(lt for _, lt in ordered))
     if ordered[-1] != top:
-        raise ValueError(f"buckets {ordered}: one must bound all the others; add {top}.")
+        raise ValueError(f"{given}: one must bound all the others; add {top}.")
     return ordered
 
 
@@ -88,7 +88,8 @@ def assign_buckets(lengths: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray
         row = int(np.argmin(fits.any(-1)))
         raise ValueError(
             f"a row of {lengths[row, 0]} source and {lengths[row, 1]} target tokens fits none of the buckets "
-            f"{list(buckets)}. Add a larger one, or lower max_source_length and max_target_length."
+            f"{list(buckets)}. Add a larger one to config.data.buckets, or lower config.data.max_source_length and "
+            "config.data.max_target_length."
         )
     return np.where(fits, shapes.sum(-1), np.iinfo(np.int64).max).argmin(-1)
 

@@ -98,17 +98,18 @@ class EncodingRules:
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {allowed}, not {getattr(self, field)!r}.")
+                raise ValueError(f"config.data.{field}={getattr(self, field)!r} must be one of {', '.join(allowed)}.")
         for field in ("max_source_length", "max_target_length"):
             if getattr(self, field) < 2:
-                raise ValueError(f"{field} must be at least 2, not {getattr(self, field)}.")
+                raise ValueError(f"config.data.{field}={getattr(self, field)} must be at least 2.")
 
 
 def _cut_middle(ids: list[int], head: int, tail: int, length: int) -> list[int]:
     """Keeps `length` of `ids`: at least the first `head` and last `tail`, and the rest of the room half and half."""
     if tail > length:
         raise ValueError(
-            f"max_source_length leaves {length} tokens, fewer than the {tail} of the prompt's last line. Raise it."
+            f"config.data.max_source_length leaves {length} tokens, fewer than the {tail} of the prompt's last "
+            "line. Raise it."
         )
     # A definition longer than the whole limit loses its end: the line that asks for the answer must stay.
     room = max(0, length - head - tail)
@@ -153,7 +154,9 @@ def _finish(
     before = [tokenizer.bos_id] if rules.family == "decoder_only" and rules.add_bos else []
     after = [tokenizer.eos_id] if rules.family == "encoder_decoder" else []
     if None in before:
-        raise ValueError("add_bos is set, but the tokenizer has no beginning token: set config.data.add_bos to False.")
+        raise ValueError(
+            "config.data.add_bos is set, but the tokenizer has no beginning token: set config.data.add_bos to False."
+        )
     length = rules.max_source_length - len(before) - len(after)
     cut = len(ids) > length
     if cut and rules.truncation == "end":
@@ -172,8 +175,8 @@ def encode_answer(answer: str, tokenizer: Tokenizer, rules: EncodingRules) -> tu
         return ids + [tokenizer.eos_id], False
     if rules.on_long_target == "error":
         raise ValueError(
-            f"an answer of {len(ids) + 1} tokens (end token included) is over max_target_length={limit}: "
-            f'{answer!r:.80}. Raise the limit or set on_long_target="cut".'
+            f"an answer of {len(ids) + 1} tokens (end token included) is over config.data.max_target_length={limit}: "
+            f'{answer!r:.80}. Raise the limit or set config.data.on_long_target="cut".'
         )
     return (ids[: limit - 1] + [tokenizer.eos_id] if rules.target_keeps_end else ids[:limit]), True
 

@@ -34,7 +34,7 @@ def find_pseudo_dir(pseudo_dir: str, data_dir: Path) -> Path:
             return folder
     raise FileNotFoundError(
         f"no folder of pseudo-samples {pseudo_dir!r}: looked for {' and '.join(map(str, candidates))}. Set "
-        f'config.pseudo_samples.dir, or pseudo_samples.source="train" to take a few training inputs instead.'
+        f'config.pseudo_samples.dir, or config.pseudo_samples.source="train" to take a few training inputs instead.'
     )
 
 
@@ -43,12 +43,13 @@ def read_pseudo_samples(folder: Path, task_name: str, may_be_empty: bool = False
     file = folder / task_name / "train.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f'{file}: there are no pseudo-samples of {task_name}. Put them there, or set pseudo_samples.source="train".'
+            f"{file}: there are no pseudo-samples of {task_name}. Put them there, or set "
+            'config.pseudo_samples.source="train".'
         )
     data = read_json(file)
     instances = instances_of(data, file, prefix=f"{task_name}-pseudo", on_bad_instance="keep", problems=[])
     if not instances and not may_be_empty:
-        raise ValueError(f'{file}: holds no instances. Fill it, or set pseudo_samples.source="train".')
+        raise ValueError(f'{file}: holds no instances. Fill it, or set config.pseudo_samples.source="train".')
     return PseudoSamples(definition_of(data, file), instances)
 
 
@@ -84,9 +85,9 @@ class PoolOrigin:
 
     def __post_init__(self):
         if self.source not in PSEUDO_SOURCES:
-            raise ValueError(f"pseudo_samples.source must be one of {PSEUDO_SOURCES}, not {self.source!r}.")
+            raise ValueError(f"config.pseudo_samples.source must be one of {PSEUDO_SOURCES}, not {self.source!r}.")
         if self.source == "files" and self.folder is None:
-            raise ValueError('pseudo_samples.source="files" needs a folder: set config.pseudo_samples.dir.')
+            raise ValueError('config.pseudo_samples.source="files" needs a folder: set config.pseudo_samples.dir.')
 
 
 def load_pseudo_samples(task: Task, origin: PoolOrigin) -> PseudoSamples | None:

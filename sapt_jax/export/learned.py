@@ -25,12 +25,12 @@ from sapt_jax.data.benchmarks import BENCHMARKS, resolve_task_order
 from sapt_jax.export.sites import base_parameters
 from sapt_jax.methods import Method
 from sapt_jax.models.families import read_shape
-from sapt_jax.pretrained.hf import read_json
 from sapt_jax.pseudo_samples.written_samples import pool_file
 from sapt_jax.recorded_config import record_config, upgrade
 from sapt_jax.state import TASKS, Frozen, Leaf, Task, Trainable, Tree, is_leaf
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.new_folder import new_folder
+from sapt_jax.storage.text_files import read_json
 
 _SUM_TOLERANCE = 1e-3
 
@@ -141,7 +141,7 @@ def read_run(workdir: Path, base: str = "") -> Learned:
     file = workdir / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{workdir} has no config.json: give the --workdir of a run of sapt_jax.main")
-    config = read_config(read_json(file), str(file))
+    config = read_config(read_json(file, "Put a whole copy back."), str(file))
     shape = read_base_shape(config, base)
     folders = [folder for folder in (workdir / "tasks").glob("[0-9]*-*") if checkpoints.has_committed(folder)]
     folders.sort(key=lambda folder: int(folder.name.split("-", 1)[0]))

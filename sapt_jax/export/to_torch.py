@@ -36,13 +36,12 @@ from sapt_jax.export.sites import hf_modules
 from sapt_jax.export.to_hf import write_base
 from sapt_jax.models.families import family_of
 from sapt_jax.pet.lora import LAYERS
-from sapt_jax.pretrained.hf import read_json
 from sapt_jax.pretrained.loading import format_of
 from sapt_jax.pretrained.locate import resolve_path
 from sapt_jax.state import Frozen, Trainable, Tree, abstract
 from sapt_jax.storage.names import check_name
 from sapt_jax.storage.new_folder import new_folder
-from sapt_jax.storage.text_files import to_jsonable
+from sapt_jax.storage.text_files import read_json, to_jsonable
 
 MODEL, RUN, MODELING, BASE = "model.safetensors", "run.safetensors", "modeling_sapt.py", "base"
 
@@ -96,7 +95,7 @@ def read_model(folder: Path, base: str, out: Path) -> None:
     if missing := [name for name in ("config.json", MODEL, RUN) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: give a folder that to-torch wrote")
     file = folder / "config.json"
-    exported = read_json(file)
+    exported = read_json(file, "Fetch the folder anew.")
     if not isinstance(exported.get("run"), dict) or not isinstance(exported.get("run_tasks"), list):
         raise ValueError(f"{file} has no field run or run_tasks: give a folder that to-torch wrote")
     config = read_config(exported["run"], str(file))

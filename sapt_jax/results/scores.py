@@ -5,6 +5,7 @@ Only process 0 of a run on several hosts writes. JSON has no NaN: it is written 
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 from etils import epath
 
 from sapt_jax.storage.paths import as_path
-from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
+from sapt_jax.storage.text_files import read_json, to_jsonable, write_text_atomically
 
 SCORES_FORMAT = 1
+_REMEDY = "Run the same command again, which writes it anew."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,23 @@ def write_scores(workdir: str | Path, scores: Scores) -> epath.Path:
     return path
 
 
+def _fault(scores: Mapping[str, Any]) -> str | None:
+    """What of the fields of a scores.json is not as `Scores` has it."""
+    kinds = {"method": str, "task_order": list, "metric_per_task": dict, "matrix": list, "summary": dict}
+    for name, kind in (kinds | {"seeds": dict, "protocol": dict, "config": dict}).items():
+        if not isinstance(scores[name], kind):
+            return f"its {name} is a {type(scores[name]).__name__}, not a {kind.__name__}"
+    order = scores["task_order"]
+    if not order or not all(isinstance(name, str) and name in scores["metric_per_task"] for name in order):
+        return "its task_order is not of tasks in metric_per_task"
+    if [len(row) if isinstance(row, list) else -1 for row in scores["matrix"]] != [len(order)] * len(order):
+        return f"its matrix is not {len(order)} rows of {len(order)}, as many as task_order has tasks"
+    numbers = [*scores["summary"].values(), *(score for row in scores["matrix"] for score in row)]
+    if not all(score is None or (type(score) in (int, float) and math.isfinite(score)) for score in numbers):
+        return "a score is no finite number"
+    return None
+
+
 def read_scores(workdir: str | Path) -> dict[str, Any]:
     """Reads DIR/scores.json; "matrix" becomes a [T, T] float64 array with NaN for null.
 
@@ -72,19 +91,15 @@ def read_scores(workdir: str | Path) -> dict[str, Any]:
     path = as_path(workdir) / "scores.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the --workdir of a run that has finished a task")
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: broken JSON ({error}); run again to write it anew") from None
-    missing = [field for field in ("format", *_FIELDS) if not isinstance(scores, dict) or field not in scores]
+    scores = read_json(path, _REMEDY)
+    missing = [field for field in ("format", *_FIELDS) if field not in scores]
     if missing:
         raise ValueError(f"{path}: not the scores of a run (without {', '.join(missing)})")
     if scores["format"] != SCORES_FORMAT:
         raise ValueError(
             f"{path}: written in format {scores['format']}, this version reads {SCORES_FORMAT}; run it again"
         )
+    if fault := _fault(scores):
+        raise ValueError(f"{path}: {fault}. {_REMEDY}")
     scores["matrix"] = np.array(scores["matrix"], dtype=np.float64)
-    size = len(scores["task_order"])
-    if scores["matrix"].shape != (size, size):
-        raise ValueError(f"{path}: the matrix has shape {scores['matrix'].shape}, but task_order has {size} tasks")
     return scores

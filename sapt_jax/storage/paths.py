@@ -14,10 +14,12 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
     """A local path, or one of file:///, gs:// or s3://, as a path object.
 
     Raises:
-      ValueError: another scheme.
+      ValueError: it is empty, or of another scheme.
       ModuleNotFoundError: the package for this object store is not installed.
     """
     text = os.fspath(path)
+    if not text.strip():
+        raise ValueError(f"the path of a folder is empty: name one, or a path of {':// or '.join(STORES)}://.")
     scheme, separator, rest = text.partition("://")
     if not separator:
         return epath.Path(text)

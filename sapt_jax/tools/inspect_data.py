@@ -10,7 +10,6 @@ tokenizer, but no model weights.
 
 import collections
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sapt_jax.command_line import parse_flags, told_in_one_line
+from sapt_jax.config import check_config
 from sapt_jax.data.batching import Prefetch, Share, Steps, eval_batches, steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask, Stream
 from sapt_jax.pretrained.tokenizer import Tokenizer
@@ -191,15 +192,14 @@ def inspect(config: Any, console: Console) -> tuple[list[TaskReport], PassReport
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    try:
+    with told_in_one_line():
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}. Settings are --config.NAME=VALUE.")
+        check_config(flags.FLAGS.config)
         inspect(flags.FLAGS.config, make_console())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The run's settings, a file of configs/.", lock_config=True)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -230,7 +230,7 @@ def test_chosen_buckets_are_the_best_two_on_a_small_case():
 
 @pytest.mark.parametrize("buckets", [(64, 16), ((64, 16, 2),), ((0, 16),), ()])
 def test_buckets_that_are_no_pairs_of_lengths_are_named(buckets):
-    with pytest.raises(ValueError, match="buckets must be pairs of positive lengths"):
+    with pytest.raises(ValueError, match="config.data.buckets=.* must be pairs of positive lengths"):
         check_buckets(buckets)
 
 

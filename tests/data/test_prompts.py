@@ -115,7 +115,7 @@ def test_a_random_reference_is_a_pure_function_of_seed_and_instance():
     [("family", "rnn"), ("truncation", "start"), ("references", "best"), ("on_long_target", "skip")],
 )
 def test_bad_rules_name_the_field(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be one of"):
+    with pytest.raises(ValueError, match=f"config.data.{field}=.* must be one of"):
         rules(**{field: value})
-    with pytest.raises(ValueError, match="max_target_length must be at least 2"):
+    with pytest.raises(ValueError, match="config.data.max_target_length=1 must be at least 2"):
         rules(max_target_length=1)

@@ -41,8 +41,8 @@ def test_scores_read_back(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "scores.json: broken JSON"),
-        ("[]", "not the scores of a run"),
+        ("{", "scores.json is not valid JSON"),
+        ("[]", "scores.json holds a JSON list"),
         ('{"format": 1, "method": "sapt"}', "without task_order"),
     ],
 )
@@ -58,9 +58,21 @@ def test_scores_of_another_format_or_size_are_named(tmp_path):
     path.write_text(json.dumps(scores | {"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         read_scores(tmp_path)
-    path.write_text(json.dumps(scores | {"task_order": ["one"]}))
-    with pytest.raises(ValueError, match=r"shape \(3, 3\).*1 tasks"):
-        read_scores(tmp_path)
+    for changes, fault in (
+        ({"matrix": [[1.0]]}, "its matrix is not 3 rows of 3"),
+        ({"matrix": [[1.0], [1.0, 2.0], []]}, "its matrix is not 3 rows of 3"),
+        ({"matrix": {"a": 1}}, "its matrix is a dict, not a list"),
+        ({"matrix": [["x"] * 3] * 3}, "a score is no finite number"),
+        ({"summary": {"AP": "high"}}, "a score is no finite number"),
+        ({"task_order": ["one"]}, "its task_order is not of tasks in metric_per_task"),
+        ({"task_order": "one"}, "its task_order is a str, not a list"),
+        ({"task_order": []}, "its task_order is not of tasks"),
+        ({"protocol": None}, "its protocol is a NoneType, not a dict"),
+        ({"method": 3}, "its method is a int, not a str"),
+    ):
+        path.write_text(json.dumps(scores | changes))
+        with pytest.raises(ValueError, match=f"scores.json: {fault}"):
+            read_scores(tmp_path)
 
 
 def test_missing_scores_are_named(tmp_path):

@@ -12,7 +12,6 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from sapt_jax import sharding
+from sapt_jax.command_line import load_config, parse_flags, told_in_one_line
+from sapt_jax.config import check_config
 from sapt_jax.tools.compile_check import report
 from sapt_jax.tools.compile_check.programs import programs_of
 from sapt_jax.tools.compile_check.topologies import Topology, make_topology
@@ -83,28 +84,25 @@ def summarise(files: tuple[str, ...]) -> None:
     """Prints the table row by row, as Markdown."""
     print(f"| {' | '.join(SUMMARY)} |\n|{'---|' * len(SUMMARY)}")
     for file in files:
-        spec = importlib.util.spec_from_file_location("config_file", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        config = load_config(file)
         for name in ONE_DEVICE if "t5_large" in file else TOPOLOGIES:
             try:
-                print(summary_row(module.get_config(), Path(file).stem, make_topology(name)), flush=True)
+                print(summary_row(config, Path(file).stem, make_topology(name)), flush=True)
             except ModuleNotFoundError as error:
                 print(error, file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:
-    if _ALL.value:
-        return summarise(tuple(argv[1:]) or CONFIGS)
-    if len(argv) > 1 or _CONFIG.value is None:
-        raise app.UsageError("name a config: --config=configs/NAME.py, and a topology: --topology=v5p:2x2x2.")
-    try:
+    with told_in_one_line():
+        if _ALL.value:
+            return summarise(tuple(argv[1:]) or CONFIGS)
+        if len(argv) > 1 or _CONFIG.value is None:
+            raise ValueError("name a config: --config=configs/NAME.py, and a topology: --topology=v5p:2x2x2.")
+        check_config(_CONFIG.value)
         title = Path(flags.FLAGS["config"].config_filename).stem
         fits = describe(_CONFIG.value, title, make_topology(_TOPOLOGY.value), Console(width=120, highlight=False))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
     sys.exit(0 if fits else 1)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
