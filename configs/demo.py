@@ -42,4 +42,5 @@ def get_config():
     )
     c.eval.batch_size = 24
     c.eval.max_new_tokens = 14
+    c.eval.general = "demo"
     return c

@@ -217,6 +217,12 @@ _EVAL = {
     "single_task_runs": Setting(
         "", "Workdirs of runs of one task each, with commas, that FWT compares with.", free=True
     ),
+    "joint_run": Setting("", "Workdir of a run of joint, that intransigence compares with.", free=True),
+    "general": Setting(
+        "",
+        'A text file that no task is about, or "demo": how well the model foresees it, before and after all tasks.',
+        free=True,
+    ),
     "unseen_tasks": Setting("", "Tasks never trained on, scored after the last, with commas.", free=True),
 }
 _MESH = {

@@ -19,20 +19,20 @@ from sapt_jax.config import (
 )
 from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.stream import split_names
-from sapt_jax.evaluation import features_of, test
+from sapt_jax.evaluation import features_of, general_loss, test
 from sapt_jax.fit import fit
 from sapt_jax.methods.base import Samples, Seen
 from sapt_jax.passes import sum_batches
 from sapt_jax.pseudo_samples import pools
 from sapt_jax.pseudo_samples.writer import make_writer, write_pool
 from sapt_jax.recorded_config import check_same_run, record_config, upgrade
-from sapt_jax.results.references import References, Terms, read_single_task_scores
+from sapt_jax.results.references import References, Terms, read_joint_scores, read_single_task_scores
 from sapt_jax.run import Run, open_run
 from sapt_jax.state import Frozen, Trainable, Tree
 from sapt_jax.storage import checkpoints
 from sapt_jax.storage.costs import Meter, forget_peak, write_costs
 from sapt_jax.storage.paths import as_path
-from sapt_jax.tell import Tale, Tests
+from sapt_jax.tell import Beside, Tale, Tests
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
             checkpoints.save_committed(run.folder(index), frozen, trainable)
         # Test and tell.
         row = [test(run, (frozen, trainable), tale.results, index, tested) for tested in range(index + 1)]
-        unseen = _test_unseen(run, (frozen, trainable), tale.results) if index == last else {}
-        told = tale.after_task(index, Tests(row, unseen), pool, frozen)
+        beside = _test_beside(run, (frozen, trainable), tale.results) if index == last else Beside()
+        told = tale.after_task(index, Tests(row, beside), pool, frozen)
         # Write samples for the tasks to come; the last needs none until a longer order goes on from it.
         if writer and index < last:
             pool[index] = write_pool(run, writer, (frozen, trainable), index)
@@ -166,13 +166,17 @@ def _load(run: Run, frozen: Frozen, index: int) -> tuple[Frozen, Trainable]:
 # --- Test -------------------------------------------------------------------------------------------------------------
 
 
-def _test_unseen(run: Run, trees: tuple[Frozen, Trainable], results: epath.Path) -> dict[str, float]:
-    """Scores after the last task on those that were never trained on."""
+def _test_beside(run: Run, trees: tuple[Frozen, Trainable], results: epath.Path) -> Beside:
+    """After the last task: scores on those that were never trained on, and what became of general ability."""
     count = len(run.stream.tasks)
-    return {
+    unseen = {
         task.name: test(run, trees, results, count - 1, count + number).score
         for number, task in enumerate(run.stream.unseen)
     }
+    if run.stream.general is None:
+        return Beside(unseen)
+    at = run.task(count - 1)
+    return Beside(unseen, (general_loss(run, (trees[0], None), at), general_loss(run, trees, at)))
 
 
 # --- Before anything is changed ---------------------------------------------------------------------------------------
@@ -206,12 +210,16 @@ def _results(config: ConfigDict, workdir: epath.Path, disabled: tuple[str, ...])
 
 
 def _references(config: ConfigDict, names: tuple[str, ...]) -> References:
-    workdirs = split_names(config.eval.single_task_runs)
     # How a method answers is its own, and a run of one task has none to withdraw; what is asked must be the same.
     own = (f"{config.method}.", "needs_task_id", "disabled_tasks", "eval.routing")
     protocol = {name: value for name, value in protocol_of(config).items() if not name.startswith(own)}
-    single = read_single_task_scores(workdirs, Terms(protocol, lambda written: upgrade(flatten(written))))
-    missing = [name for name in names if name not in single]
-    if workdirs and missing:
-        raise ValueError(f"config.eval.single_task_runs has no run of {', '.join(missing)}.")
-    return References(single)
+    terms, options = Terms(protocol, lambda written: upgrade(flatten(written))), config.eval
+    references = References(
+        single=read_single_task_scores(split_names(options.single_task_runs), terms),
+        joint=read_joint_scores(options.joint_run, terms) if options.joint_run else {},
+    )
+    for setting, scores in (("single_task_runs", references.single), ("joint_run", references.joint)):
+        missing = [name for name in names if name not in scores]
+        if options[setting] and missing:
+            raise ValueError(f"config.eval.{setting} has no score of {', '.join(missing)}.")
+    return references

@@ -1,5 +1,6 @@
 """Answers to the inputs of a split, and the score that they get."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from etils import epath
 
 from sapt_jax.data.encoding import EncodedSplit
 from sapt_jax.data.stream import EncodedTask
-from sapt_jax.passes import decode_texts, map_sources
+from sapt_jax.passes import decode_texts, map_sources, sum_batches
 from sapt_jax.results import metrics, predictions
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen, Task, Trainable, Tree
@@ -59,6 +60,19 @@ def dev_score(run: Run, trees: Trees, task: EncodedTask, at: Task) -> float:
     return metrics.score_task(
         texts, task.task.dev, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
     )
+
+
+def general_loss(run: Run, trees: tuple[Frozen, Trainable | None], task: Task) -> float:
+    """Mean NLL in nats a token of the second parts of `stream.general`'s passages, given their first.
+
+    Args:
+      trees: without a trainable tree, of the bare model.
+      task: the last one, whose block a method answers with that has to be told one.
+    """
+    split, data = run.stream.general, run.config.data
+    layout = dataclasses.replace(run.layout, buckets=((data.max_source_length, data.max_target_length),))
+    found = sum_batches(lambda batch: run.programs.passages(*trees, batch, task), split, layout, run.mesh)
+    return float(found["nll"] / found["tokens"])
 
 
 def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: int) -> Tested:

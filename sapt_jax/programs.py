@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from sapt_jax import sharding
 from sapt_jax.decoding.answers import Ends, Search, make_generate
 from sapt_jax.methods.base import Apply, Batch, Logs, Method, Samples, Seen, real_rows
+from sapt_jax.methods.losses import token_cross_entropy
 from sapt_jax.models.families import parameters
 from sapt_jax.optimization import make_optimizer, schedule_factor
 from sapt_jax.state import Frozen, Task, Trainable, TrainState, Tree, abstract, rng
@@ -34,6 +35,8 @@ class Programs:
         `source` [B, S], `source_mask`, `target` [B, L], `target_mask`; B a multiple of the micro-batches.
       features: (base, source, source_mask) -> [B, F].
       weights: (frozen, trainable, source, source_mask, task) -> [B, T] at test time.
+      passages: (frozen, trainable or None, batch, task) -> {"nll", "tokens"} of a batch's answers at test time, summed;
+        without a trainable tree those of the bare model.
       generate: the same -> (tokens [B, N], weights [B, T]).
       measure: (frozen, trainable, batch, task) -> sums.
       end_task: (frozen without base, trainable, found or None, task) -> frozen without base.
@@ -45,6 +48,7 @@ class Programs:
     train_step: Callable
     features: Callable
     weights: Callable
+    passages: Callable
     generate: Callable
     measure: Callable
     end_task: Callable
@@ -77,6 +81,16 @@ def make_programs(config: ConfigDict, model: nn.Module, method: Method, mesh: Me
         seen = method.features(apply, frozen.base, source, source_mask)
         return method.test_weights(frozen, trainable, seen, task)
 
+    def passages(frozen: Frozen, trainable: Trainable | None, batch: Batch, task: Task) -> Logs:
+        source, source_mask, target, target_mask = answers = [
+            batch[name] for name in ("source", "source_mask", "target", "target_mask")
+        ]
+        mixture = None
+        if trainable is not None:
+            mixture = method.mixture(frozen, trainable, weights(frozen, trainable, source, source_mask, task), task)
+        nll, tokens = token_cross_entropy(apply(frozen.base, *answers, mixture), target, target_mask)
+        return {"nll": nll, "tokens": tokens}
+
     def measure(frozen: Frozen, trainable: Trainable, batch: Batch, task: Task) -> Tree:
         return method.measure(apply, frozen, trainable, batch, task)
 
@@ -89,6 +103,7 @@ def make_programs(config: ConfigDict, model: nn.Module, method: Method, mesh: Me
         train_step=jax.jit(step, donate_argnums=1, out_shardings=(of_state, whole)),
         features=jax.jit(features),
         weights=jax.jit(weights),
+        passages=jax.jit(passages, out_shardings=whole),
         generate=make_generate(apply, method, ends, Search(config.eval.beams, config.eval.length_penalty)),
         measure=jax.jit(measure, out_shardings=whole),
         end_task=jax.jit(method.end_task, out_shardings=of_frozen),

@@ -1,7 +1,7 @@
 """What a run tells after each task: scores.json, the table in the terminal, and the closing summary."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +21,23 @@ from sapt_jax.state import Frozen
 from sapt_jax.storage.costs import read_costs
 
 
+class Beside(NamedTuple):
+    """What is tested after the last task beside the tasks.
+
+    Attributes:
+      unseen: scores on tasks never trained on, by name.
+      general: the loss on a general text, in nats a token, of the bare model and after all tasks.
+    """
+
+    unseen: Mapping[str, float] = {}
+    general: tuple[float, float] | None = None
+
+
 class Tests(NamedTuple):
-    """What a task was followed by: its own tests and those of the tasks before it, and scores on unseen tasks."""
+    """What a task was followed by: the tests of all tasks up to it, and after the last those beside them."""
 
     seen: list[Tested]
-    unseen: dict[str, float]
+    beside: Beside
 
 
 @dataclasses.dataclass
@@ -96,7 +108,11 @@ class Tale:
     def _write(self, tests: Tests, pools: Pools, frozen: Frozen) -> dict[str, Any]:
         run, names = self.run, self.run.stream.names
         finished = metrics.finished_part(self.matrix)
-        done, single = names[: len(finished)], self.references.single
+        done = names[: len(finished)]
+        compared = [
+            [scores[name] for name in done] if scores else None
+            for scores in (self.references.single, self.references.joint)
+        ]
         extra = {
             "labels": self._labels(len(finished), pools),
             "costs": {name: _costs(run, index) for index, name in enumerate(done)},
@@ -105,8 +121,10 @@ class Tale:
             **run.method.told(frozen.memory),
             "buckets": run.stream.buckets,
             "truncated": run.stream.truncated(),
-            "unseen": tests.unseen,
-            "single_task_scores": single,
+            "unseen": tests.beside.unseen,
+            "general": _general(tests.beside.general),
+            "single_task_scores": self.references.single,
+            "joint_scores": self.references.joint,
         }
         categories = {name: category for category, members in SUPERNI_CATEGORIES.items() for name in members}
         if set(names) <= set(categories):
@@ -117,7 +135,7 @@ class Tale:
             task_order=names,
             metric_per_task={task.name: task.task.metric for task in run.stream.tasks},
             matrix=self.matrix,
-            summary=metrics.summarise(finished, [single[name] for name in done] if single else None),
+            summary=metrics.summarise(finished, *compared),
             seeds={"seed": run.config.seed, "data.seed": run.config.data.seed},
             protocol=protocol_of(run.config),
             config=run.config,
@@ -137,6 +155,14 @@ class Tale:
             "rows": rows_kept(pools, earlier),
             **count_kept(leaves, (pools[index] for index in range(earlier) if index in pools)),
         }
+
+
+def _general(losses: tuple[float, float] | None) -> dict[str, float] | None:
+    """General ability lost: by how much the loss on a text that no task is about has grown, in nats a token."""
+    if losses is None:
+        return None
+    before, after = losses
+    return {"before": before, "after": after, "lost": after - before}
 
 
 def _costs(run: Run, index: int) -> dict[str, Any] | None:

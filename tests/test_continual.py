@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def test_forward_transfer_compares_with_a_run_of_every_task_alone(tmp_path):
     parts = (names, dict.fromkeys(names, "rouge_l"), matrix, {}, {}, protocol_of(alone), alone)
     write_scores(tmp_path, Scores("single_task", *parts))
     assert continual._references(config, ("mirror", "shout")).single == {"shout": 40.0, "mirror": 50.0}
-    with pytest.raises(ValueError, match="config.eval.single_task_runs has no run of first"):
+    with pytest.raises(ValueError, match="config.eval.single_task_runs has no score of first"):
         continual._references(config, names)
     write_scores(tmp_path, Scores("sequential", *parts))
     with pytest.raises(
@@ -225,6 +226,21 @@ def test_routing_is_read_off_the_weights_of_the_tests(finished):
     np.testing.assert_allclose(scores["routing"]["accuracy"], np.mean(sum(own.values(), [])))
 
 
+def test_intransigence_compares_with_one_run_of_all_tasks(tmp_path):
+    names = ("shout", "mirror")
+    config = tiny_config(tmp_path, **{"eval.joint_run": str(tmp_path)})
+    together = tiny_config(tmp_path, method="sequential")
+    parts = (names, dict.fromkeys(names, "rouge_l"), np.array([[40.0, np.nan], [30.0, 50.0]]), {}, {})
+    write_scores(tmp_path, Scores("joint", *parts, protocol_of(together), together))
+    references = continual._references(config, names)
+    assert (references.single, references.joint) == ({}, {"shout": 30.0, "mirror": 50.0})
+    with pytest.raises(ValueError, match="config.eval.joint_run has no score of first"):
+        continual._references(config, (*names, "first"))
+    write_scores(tmp_path, Scores("sequential", *parts, protocol_of(together), together))
+    with pytest.raises(ValueError, match="a run of sequential; intransigence needs one of config.method='joint'"):
+        continual._references(config, names)
+
+
 def test_an_oracle_puts_all_weight_on_the_tasks_own_block(finished, data_dir):
     workdir, scores = finished
     before = predictions(workdir)
@@ -259,6 +275,32 @@ def test_unseen_tasks_are_tested_after_the_last(finished, data_dir):
     assert [json.loads(row)["references"] for row in rows] == [["cba", "abc"], ["dd"]]
 
 
+def test_general_ability_is_the_loss_on_a_text(finished, data_dir, tmp_path, monkeypatch):
+    """Against a loop over rows without padding, in float64, on the model's own logits."""
+    text, trees = tmp_path / "text.txt", []
+    text.write_text("".join(np.random.default_rng(0).choice(list("abc. "), 600)))
+    measure = continual.general_loss
+    monkeypatch.setattr(continual, "general_loss", lambda *parts: trees.append(parts) or measure(*parts))
+    config = tiny_config(data_dir, **{"train.checkpoint_every_steps": 2, "eval.general": str(text)})
+    told = continual.run(config, finished[0])["general"]
+    assert told["lost"] == told["after"] - told["before"] != 0
+    for (run, (frozen, trainable), task), name in zip(trees, ("before", "after"), strict=True):
+        passages, losses = run.stream.general, []
+        assert len(passages) == 600 // (48 + 16)
+        for row in range(len(passages)):
+            source, target = (jnp.asarray(part[row])[None] for part in (passages.sources, passages.targets))
+            masks, mixture = (source >= 0, target >= 0), None
+            if trainable is not None:
+                pooled = np.asarray(frozen.base["token_embedder"]["embedding"])[np.asarray(source[0])].max(axis=0)
+                weights = run.method.weights(frozen, trainable, jnp.asarray(pooled)[None], task, training=False)
+                mixture = run.method.mixture(frozen, trainable, weights, task)
+            logits = run.model.apply({"params": frozen.base}, source, masks[0], target, masks[1], mixture)[0]
+            logits = np.asarray(logits, np.float64)
+            picked = logits[np.arange(16), np.asarray(target[0])]
+            losses.append(np.log(np.exp(logits).sum(axis=-1)) - picked)
+        np.testing.assert_allclose(told[name], np.mean(losses), rtol=1e-5)
+
+
 def test_sequential_lora_shares_the_loop_and_its_scores_serve_forward_transfer(data_dir, tmp_path):
     scores = continual.run(tiny_config(data_dir, method="sequential", task_order="shout,mirror"), tmp_path / "both")
     assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(2)]).all()
@@ -277,5 +319,5 @@ def test_sequential_lora_shares_the_loop_and_its_scores_serve_forward_transfer(d
     alone = [json.loads((tmp_path / name / "scores.json").read_text())["matrix"][0][0] for name in ("shout", "mirror")]
     np.testing.assert_allclose(again["summary"]["FWT"], np.mean(np.diag(scores["matrix"]) - alone), atol=1e-9)
     config.eval.single_task_runs = str(tmp_path / "shout")
-    with pytest.raises(ValueError, match="config.eval.single_task_runs has no run of mirror"):
+    with pytest.raises(ValueError, match="config.eval.single_task_runs has no score of mirror"):
         continual.run(config, tmp_path / "both")

@@ -18,6 +18,7 @@ from sapt_jax.data.benchmarks import (
 )
 from sapt_jax.data.buckets import Bucket, check_buckets, choose_buckets
 from sapt_jax.data.encoding import EncodedSplit, encode_split
+from sapt_jax.data.general import load_general
 from sapt_jax.data.prompts import EncodingRules
 from sapt_jax.data.pseudo_samples import PoolOrigin, encode_pseudo_samples, find_pseudo_dir, load_pseudo_samples
 from sapt_jax.data.task import Task
@@ -45,6 +46,7 @@ class Stream:
     """All tasks of a run in order, those that are only tested at its end, and the batch shapes that they share.
 
     Attributes:
+      general: passages of a text that no task is about, or None.
       buckets: batch shapes; they count the source's own tokens.
       prompt_length: of all soft prompts before a source.
       padding_side, pad_id: see `Layout`.
@@ -52,6 +54,7 @@ class Stream:
 
     tasks: tuple[EncodedTask, ...]
     unseen: tuple[EncodedTask, ...]
+    general: EncodedSplit | None
     buckets: tuple[Bucket, ...]
     prompt_length: int
     padding_side: str
@@ -146,7 +149,8 @@ def load_stream(
             target_multiple=data.target_multiple,
             prompt_length=prompt_length,
         )
-    return Stream(tasks, unseen, tuple(buckets), prompt_length, padding_side, tokenizer.pad_id)
+    general = load_general(config.eval.general, config.data_dir, tokenizer, rules)
+    return Stream(tasks, unseen, general, tuple(buckets), prompt_length, padding_side, tokenizer.pad_id)
 
 
 def _encode(task: Task, pools: PoolOrigin | None, *, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:

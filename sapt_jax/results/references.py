@@ -1,4 +1,4 @@
-"""The scores of other runs that a run's are compared with: tasks learned alone, for FWT."""
+"""The scores of other runs that a run's are compared with: tasks learned alone for FWT, or all at once for IM."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from sapt_jax.results.scores import read_scores
 from sapt_jax.storage.text_files import to_jsonable
 
-SINGLE_TASK = "single_task"
+SINGLE_TASK, JOINT = "single_task", "joint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,11 @@ class References:
 
     Attributes:
       single: of models that learned a task alone.
+      joint: of one model that learned all tasks at once.
     """
 
     single: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    joint: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,25 @@ def read_single_task_scores(workdirs: Sequence[str], terms: Terms) -> dict[str, 
                 f"{workdir}: a run of {len(run['task_order'])} tasks by {run['method']}; FWT needs one of "
                 f"config.method={SINGLE_TASK!r}, or runs of one task each"
             )
-        alone = zip(run["task_order"], np.diag(run["matrix"]), strict=True)
-        scores |= {name: float(score) for name, score in alone if not np.isnan(score)}
+        scores |= _by_task(run, np.diag(run["matrix"]))
     return scores
+
+
+def read_joint_scores(workdir: str, terms: Terms) -> dict[str, float]:
+    """Task -> score, of a run of `joint`, which ends with one model for all tasks.
+
+    Raises FileNotFoundError or ValueError: a folder without scores, a run of another method, or another protocol.
+    """
+    run = _read(workdir, terms)
+    if run["method"] != JOINT:
+        raise ValueError(f"{workdir}: a run of {run['method']}; intransigence needs one of config.method={JOINT!r}")
+    return _by_task(run, run["matrix"][-1])
+
+
+def _by_task(run: Mapping[str, Any], scores: np.ndarray) -> dict[str, float]:
+    """Scores [T] by the run's tasks, as far as there are any."""
+    found = zip(run["task_order"], scores, strict=True)
+    return {name: float(score) for name, score in found if not np.isnan(score)}
 
 
 def _read(workdir: str, terms: Terms) -> dict[str, Any]:

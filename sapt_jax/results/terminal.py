@@ -191,6 +191,9 @@ def closing_summary(told: Mapping[str, Any], places: Mapping[str, str | Path]) -
     if told["routing"]:
         share = f"{told['routing']['accuracy']:.1%}"
         figures.add_row("routed", Text(share, style="bold"), Text("inputs to their own task's block", style="dim"))
+    if told["general"]:
+        lost = f"{told['general']['lost']:+.3f}"
+        figures.add_row("general", Text(lost, style="bold"), Text("loss on a general text, ↓ is better", style="dim"))
     labels = "; ".join(f"{name}: {value}" for name, value in short(told["labels"]).items())
     settings = ", ".join(f"{name}={value}" for name, value in told["protocol"].items())
     return Group(figures, Text(labels), Text(f"protocol: {settings}\n", style="dim"), files)

@@ -84,10 +84,11 @@ def test_closing_summary_shows_figures_protocol_and_places(tmp_path):
         "summary": {"AP": 51.234, "F.Ra": 0.9, "FWT": None, "BWT": -0.57},
         "labels": {"needs_task_id": False, "routing": "method", "old_data": "real", "rows": 7, "bytes": 1_234_567},
         "routing": {"accuracy": 0.875},
+        "general": {"before": 3.0, "after": 3.0125, "lost": 0.0125},
         "protocol": {"dev_is_test": True},
     }
     text = _show(terminal.closing_summary(told, {"scores": tmp_path / "s.json"}), width=300)
-    for expected in ("51.23", "0.90", "-0.57", "87.5%", "dev_is_test=True", str(tmp_path / "s.json")):
+    for expected in ("51.23", "0.90", "-0.57", "87.5%", "+0.013", "dev_is_test=True", str(tmp_path / "s.json")):
         assert expected in text
     assert "told the task: no; old data: real, 7 rows; kept: 1.23 MB" in text
     assert re.search(r"FWT\s+–", text)

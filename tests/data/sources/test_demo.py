@@ -95,7 +95,11 @@ def data_dir(tmp_path):
     talk = "".join(f"- - My part {n} broke.\n  - Turn it off{n} and wait.\n" for n in range(10))
     _wheel(
         tmp_path / "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
-        {"chatterbot_corpus/data/english/tech_support.yml": f"categories:\n- x\nconversations:\n{talk}{talk}"},
+        {"chatterbot_corpus/data/english/tech_support.yml": f"categories:\n- x\nconversations:\n{talk}{talk}"}
+        | {
+            f"chatterbot_corpus/data/english/{topic}.yml": f"conversations:\n- - what of {topic}?\n  - 42\n"
+            for topic in demo.DEMO_TOPICS
+        },
     )
     rules = {f"unicode_rbnf/rules/{language}": language for language in ("es", "fr")}
     _wheel(
@@ -123,6 +127,12 @@ def test_a_task_depends_on_the_seed_alone(data_dir, name):
     first = demo.load_demo_task(name, seed=3, data_dir=data_dir)
     assert demo.load_demo_task(name, seed=3, data_dir=data_dir) == first
     assert demo.load_demo_task(name, seed=4, data_dir=data_dir).test != first.test
+
+
+def test_the_general_text_has_a_line_for_every_turn(data_dir):
+    lines = demo.load_demo_text(data_dir).splitlines()
+    assert lines == [line for topic in demo.DEMO_TOPICS for line in (f"what of {topic}?", "42")]
+    assert not set(demo.DEMO_TOPICS) & {"tech_support"}
 
 
 def test_the_tasks_come_in_this_order_and_their_definitions_differ(data_dir):
