@@ -1,6 +1,7 @@
 """Settings of the whole suite; they have to stand before JAX is imported."""
 
 import os
+import re
 
 from tests.helpers.paths import REPOSITORY
 
@@ -11,3 +12,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Without the slow tests, a file of nothing else is not even imported: PyTorch alone takes seconds."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return bool(re.search(r"^pytestmark = pytest\.mark\.slow$", collection_path.read_text(), re.MULTILINE)) or None
+    return None

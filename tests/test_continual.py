@@ -18,6 +18,8 @@ from tests.helpers.paths import REPOSITORY
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
 from tests.helpers.tiny import tiny_config, write_tasks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):

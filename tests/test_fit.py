@@ -18,6 +18,8 @@ from sapt_jax.storage.checkpoints import Loop, latest_step
 from tests.helpers.run_files import assert_same_arrays, committed
 from tests.helpers.tiny import tiny_config, write_tasks
 
+pytestmark = pytest.mark.slow
+
 
 def test_steps_of_a_task(tmp_path):
     config = tiny_config(tmp_path, **{"train.epochs": 3, "train.batch_size": 8})

@@ -54,6 +54,7 @@ def test_all_commands_are_there(capsys):
     assert all(f"  {command}" in told for command in (*COMMANDS, "from-hf", "from-gguf", "from-t5x", "to-t5x"))
 
 
+@pytest.mark.slow
 def test_there_and_back(folder, tmp_path, capsys):
     run = folder / "run"
     main(["to-torch", f"--run={run}", f"--out={tmp_path / 'torch'}"])
@@ -75,6 +76,7 @@ def test_there_and_back(folder, tmp_path, capsys):
     assert flags["model.path"] == str(folder / "base") and flags["task_order"] == ",".join(TASKS)
 
 
+@pytest.mark.slow
 def test_adapters_and_merged_model(folder, tmp_path):
     main(["to-peft", f"--run={folder / 'run'}", "--all", f"--out={tmp_path / 'all'}"])
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == sorted(TASKS)
@@ -85,6 +87,7 @@ def test_adapters_and_merged_model(folder, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_sum_of_blocks_needs_no_weights(tmp_path):
     _, run = make_run(tmp_path, "llama", "lora", method="inc_lora")
     main(["to-hf", f"--run={run}", f"--out={tmp_path / 'merged'}"])
@@ -95,6 +98,7 @@ def test_a_sum_of_blocks_needs_no_weights(tmp_path):
         assert "config.method='inc_lora'" in error_of(command, f"--run={run}", f"--out={tmp_path / 'out'}")
 
 
+@pytest.mark.slow
 def test_errors(folder, tmp_path):
     run, out = folder / "run", tmp_path / "out"
     assert "give the --workdir of a run" in error_of("to-torch", f"--run={tmp_path}", f"--out={out}")
@@ -129,6 +133,7 @@ def test_errors(folder, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_without_torch(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     run = folder / "run"

@@ -73,6 +73,7 @@ def test_every_row_once_per_epoch_in_a_constant_number_of_batches(trial):
             assert bucket in buckets
 
 
+@pytest.mark.slow
 def test_an_epoch_of_fewer_batches_leaves_out_other_rows_each_time():
     rng = np.random.default_rng(21)
     split = random_split(rng, 35)
@@ -90,6 +91,7 @@ def test_an_epoch_of_fewer_batches_leaves_out_other_rows_each_time():
     assert batching.whole_steps_per_epoch(3, 8, 4) == 1
 
 
+@pytest.mark.slow
 def test_epochs_tasks_and_seeds_shuffle_differently_and_the_same_key_alike():
     rng = np.random.default_rng(12)
     split = random_split(rng, 64)
@@ -116,6 +118,7 @@ def test_rows_within_a_bucket_change_company_between_epochs():
     assert not companies(0) & companies(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [0, 3])
 def test_a_resumed_iterator_equals_the_uninterrupted_one(threads):
     rng = np.random.default_rng(14)
@@ -128,6 +131,7 @@ def test_a_resumed_iterator_equals_the_uninterrupted_one(threads):
         assert_same(take(split, buckets, start=start, steps=steps, threads=threads), whole[start:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_partition_every_batch_and_agree_on_its_shape(count):
     rng = np.random.default_rng([15, count])

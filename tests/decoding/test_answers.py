@@ -99,6 +99,7 @@ def learned():
     return model, method, frozen, trainable.replace(slot=noise(5, trainable.slot, 0.5))
 
 
+@pytest.mark.slow
 def test_generate_equals_a_full_forward_pass_for_every_token(learned):
     model, method, frozen, trainable = learned
     rng = np.random.default_rng(3)
@@ -125,6 +126,7 @@ def frequencies(seed, logits, draws=4000, **settings):
     return np.bincount(drawn, minlength=len(logits)) / draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -150,6 +152,7 @@ def test_draws_follow_the_distribution_of_transformers(settings):
     assert (np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / 4000)).all()
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_key_alone_and_differ_between_equal_sources(learned):
     model, method, frozen, trainable = learned
     source = np.tile(np.array([[3, 4, 5, 6]], np.int32), (4, 1))
@@ -162,6 +165,7 @@ def test_samples_depend_on_the_key_alone_and_differ_between_equal_sources(learne
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_sampling_one_token_alone_is_greedy(learned):
     model, method, frozen, trainable = learned
     source = np.random.default_rng(6).integers(2, 31, (3, 5)).astype(np.int32)

@@ -59,6 +59,7 @@ def learned(tasks, capacity=3):
 choices = functools.partial(routing.choices, METHOD)
 
 
+@pytest.mark.slow
 def test_sums_router_and_choices_equal_numpy():
     tasks = clusters(0, rows=37)
     frozen = learned(tasks)
@@ -105,6 +106,7 @@ def test_a_task_in_training_takes_its_own_block_whatever_the_input():
     assert set(choices(frozen, tasks[0], 0)) == {0}
 
 
+@pytest.mark.slow
 def test_a_bank_that_grew_routes_as_before_and_takes_more_tasks():
     tasks = clusters(5, tasks=4)
     frozen = learned(tasks[:3])

@@ -40,6 +40,7 @@ def overlap_of(frozen, trainable, earlier):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("task", [0, 1, 3])
 def test_the_penalty_equals_a_loop(name, task):
@@ -57,6 +58,7 @@ def test_withdrawn_and_later_slots_add_nothing():
     np.testing.assert_allclose(logs["overlap"], overlap_of(frozen, trainable, (0, 2)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_that_touch_other_entries_cost_nothing():
     """Earlier blocks write to the first half of the outputs, the own one to the second."""
     frozen, trainable = trees("t5-tiny", 2)
@@ -72,6 +74,7 @@ def test_blocks_that_touch_other_entries_cost_nothing():
     assert penalty(apart, trainable.replace(slot=without(trainable.slot, slice(31))), 3)[0] > 0
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_formula_s_and_reaches_the_slot_alone():
     frozen, trainable = trees("llama-tiny", 3)
 

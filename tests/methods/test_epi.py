@@ -99,6 +99,7 @@ def test_fewer_rows_than_features_are_enough():
     np.testing.assert_array_equal(choices(frozen, frozen.memory["means"], 2), [0, 1, 2])
 
 
+@pytest.mark.slow
 def test_a_bank_that_grew_routes_as_before():
     tasks = clusters(5)
     frozen = learned(tasks)
@@ -107,6 +108,7 @@ def test_a_bank_that_grew_routes_as_before():
     np.testing.assert_array_equal(choices(grown, rows, 2), choices(frozen, rows, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-tiny", "t5-tiny"])
 def test_features_are_the_mean_of_the_bare_model_s_last_states(name):
     model = make_model(VARIANTS[name], "float32", "none")

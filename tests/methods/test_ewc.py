@@ -36,6 +36,7 @@ def random_state(method, model, base, seed):
     return frozen, trainable.replace(slot=noise(seed + 2, trainable.slot))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row_loss", ["sum", "mean"])
 def test_squared_gradients_of_a_softmax_on_a_prompt_equal_numpy(row_loss):
     """Logits that are linear in the prompt, so that gradients can be written out."""
@@ -64,6 +65,7 @@ def test_squared_gradients_of_a_softmax_on_a_prompt_equal_numpy(row_loss):
     np.testing.assert_allclose(found["squares"]["prompt"], squares, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_count_one_by_one_and_not_as_their_mean(name):
     method, model = Ewc(Lora(2, 8.0), rows_at_once=2), MODELS[name]
@@ -88,6 +90,7 @@ def test_rows_count_one_by_one_and_not_as_their_mean(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_penalty_equals_a_loop_and_is_nothing_where_the_task_before_ended(name):
     method, model = Ewc(Lora(2, 8.0), strength=0.7), MODELS[name]
@@ -129,6 +132,7 @@ def test_the_fisher_of_three_tasks_is_their_sum_or_their_mean(accumulation):
     jax.tree.map(np.testing.assert_array_equal, method.pet.read(frozen.bank, 0), trainable.slot)
 
 
+@pytest.mark.slow
 def test_a_strong_penalty_holds_the_block():
     model = MODELS["llama-tiny"]
     base, drifts = init_base(model), []

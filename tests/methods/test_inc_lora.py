@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sapt_jax.methods.inc_lora import IncLora
 from sapt_jax.models.families import VARIANTS, make_model
@@ -24,6 +25,7 @@ def test_every_block_up_to_the_own_one_has_weight_one():
     assert weights.tolist() == [[1.0, 0.0, 1.0, 0.0]] * 2
 
 
+@pytest.mark.slow
 def test_the_answer_is_that_of_merged_weights():
     """W + s (A_0 B_0 + A_1 B_1 + A_2 B_2) in the place of every adapted W."""
     method = IncLora(Lora(2, 8.0))
@@ -47,6 +49,7 @@ def test_the_answer_is_that_of_merged_weights():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_later_task_leaves_earlier_blocks_as_they_are():
     method = tiny_method("inc_lora")
     frozen = empty_frozen(method, MODEL, BASE, 3)

@@ -39,6 +39,7 @@ def written_out(query, keys):
     return places, sum(alike[m] for m in places)
 
 
+@pytest.mark.slow
 def test_choice_and_input_equal_a_loop():
     frozen, trainable = trees(0)
     features = queries(1)
@@ -87,6 +88,7 @@ def batch_of(seed, rows):
     return {"source": source, "target": target, **masks}
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_step_is_that_of_the_answers_less_the_mean_pull():
     frozen, trainable = trees(5)
     features, batch = queries(6, rows=4), batch_of(7, 4)
@@ -103,6 +105,7 @@ def test_the_loss_of_a_step_is_that_of_the_answers_less_the_mean_pull():
     assert np.isfinite(total)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_chosen_prompts_and_keys_alone():
     frozen, trainable = trees(8)
     features, batch = queries(9, rows=2), batch_of(10, 2)
@@ -124,6 +127,7 @@ def test_gradients_reach_the_chosen_prompts_and_keys_alone():
         np.testing.assert_allclose(of_keys[place], -0.7 * tokens * slope, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_prompts_that_no_row_chose_get_no_gradient():
     frozen, trainable = trees(11)
     features, batch = jnp.broadcast_to(queries(12, rows=1), (3, WIDTH)), batch_of(13, 3)

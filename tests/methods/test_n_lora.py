@@ -33,6 +33,7 @@ def entries_of(trainable, product):
     return sum(np.abs(product(*factors)).sum() for block in blocks for factors in zip(*block, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_penalty_is_the_sum_of_the_product_s_entries_whatever_the_bank_holds(name):
     frozen, trainable = trees(METHOD, name, 1)
@@ -57,6 +58,7 @@ def test_the_released_reading_refuses_oblong_kernels(name):
         method.trainable_leaves(parameters(MODELS[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [METHOD, SQUARE], ids=["paper", "released"])
 def test_gradients_are_those_of_the_signs_and_finite_where_b_is_zero(method):
     frozen, trainable = trees(method, "llama-tiny", 3)

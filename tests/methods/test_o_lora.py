@@ -41,6 +41,7 @@ def norms_of(trainable):
     return sum(np.linalg.norm(np.array(layer, np.float64)) for x in jax.tree.leaves(trainable.slot) for layer in x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("task", [0, 1, 3])
 def test_the_penalty_equals_a_loop(name, task):
@@ -71,6 +72,7 @@ def test_orthogonal_factors_cost_nothing():
     assert logs["overlap"] == 0 and loss == 0
 
 
+@pytest.mark.slow
 def test_a_fresh_block_has_a_finite_gradient_that_reaches_the_slot_alone():
     frozen, _ = trees("llama-tiny", 3)
     trainable = fresh(METHOD, MODELS["llama-tiny"], frozen.base, 4)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sapt_jax.methods.base import Samples, Seen
 from sapt_jax.models.families import VARIANTS, make_model, parameters
@@ -37,6 +38,7 @@ def share(method, frozen, trainable, inputs, slot):
     return float(np.exp(method.log_weights(frozen, trainable, inputs, at(1)))[:, slot].mean())
 
 
+@pytest.mark.slow
 def test_warm_start_opens_the_new_slot_and_keeps_the_old_one():
     method, frozen, second, samples, old, new = two_tasks(0, warm_start_steps=200)
     assert share(method, frozen, second, new, 1) < 0.9
@@ -47,6 +49,7 @@ def test_warm_start_opens_the_new_slot_and_keeps_the_old_one():
     assert share(method, frozen, warm, old, 0) > 0.95
 
 
+@pytest.mark.slow
 def test_a_task_begins_with_a_fresh_block_and_key_and_the_projection_of_the_task_before():
     method, frozen, second, samples, _, new = two_tasks(1)
     third = fresh(method, MODEL, BASE, 7, previous=second, frozen=frozen, task=at(2))
@@ -77,6 +80,7 @@ def test_weights_of_the_ablations():
     np.testing.assert_array_equal(alone[0], [0, 1, 0])
 
 
+@pytest.mark.slow
 def test_learning_alone_moves_no_attention_through_the_weights():
     method, frozen, second, _, old, _ = two_tasks(4, learning="own")
 
@@ -90,6 +94,7 @@ def test_learning_alone_moves_no_attention_through_the_weights():
     assert np.any(gradient(tiny_method())["key"])
 
 
+@pytest.mark.slow
 def test_what_was_recorded_on_a_withdrawn_slot_goes_to_the_others():
     method, frozen, second, _, old, _ = two_tasks(2)
 
@@ -107,6 +112,7 @@ def test_what_was_recorded_on_a_withdrawn_slot_goes_to_the_others():
     np.testing.assert_allclose(logged["reflection_loss"] * 2.0, loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_update_may_go_without_reflection():
     method, frozen, second, samples, _, _ = two_tasks(5)
     late = dataclasses.replace(method, reflect_in_first_update=False)
@@ -123,6 +129,7 @@ def test_the_first_update_may_go_without_reflection():
         jax.tree.map(np.testing.assert_array_equal, gradient(late, step), whole)
 
 
+@pytest.mark.slow
 def test_the_reflection_target_is_the_mean_attention_of_real_rows():
     method, frozen, second, _, old, new = two_tasks(6)
     table = jnp.concatenate([jnp.zeros((1, WIDTH)), old, new])

@@ -10,6 +10,7 @@ def drawn(rng, tree):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), tree)
 
 
+@pytest.mark.slow
 def test_weights_equal_a_loop_in_float64():
     rng = np.random.default_rng(3)
     width, tasks, slot = 12, 5, 2
@@ -36,6 +37,7 @@ def test_weights_equal_a_loop_in_float64():
         np.testing.assert_allclose(np.exp(log_weights[row]), np.array(scores) / sum(scores), rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_initialisation_follows_the_released_code():
     width, hidden = 64, 100
 

@@ -38,6 +38,7 @@ def test_an_input_is_answered_by_the_block_of_the_task_that_it_is_of():
         weights(frozen, at(2))
 
 
+@pytest.mark.slow
 def test_a_task_learns_the_same_whatever_was_learned_before():
     trained = []
     for frozen in (empty_frozen(METHOD, MODEL, BASE, 3), random_frozen(METHOD, MODEL, BASE, 3, seed=2)):

@@ -25,6 +25,7 @@ def factors(tree):
     return {site: tuple(np.array(x[name], np.float64) for name in "ab") for site, x in sites(tree).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_task_starts_from_an_orthonormal_a_and_the_b_before(name):
     base = init_base(MODELS[name])
@@ -42,6 +43,7 @@ def test_a_task_starts_from_an_orthonormal_a_and_the_b_before(name):
             assert (np.diag(r) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_merged_block_follows_the_formula_over_three_tasks(name):
     base = init_base(MODELS[name])
@@ -61,6 +63,7 @@ def test_the_merged_block_follows_the_formula_over_three_tasks(name):
                 np.testing.assert_array_equal(b, own_b)
 
 
+@pytest.mark.slow
 def test_training_mixes_the_working_block_and_tests_the_merged_one():
     model = MODELS["llama-tiny"]
     base = init_base(model)

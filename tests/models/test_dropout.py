@@ -21,6 +21,8 @@ from tests.helpers.t5_reference import make_batch, make_reference, save, torch
 from tests.helpers.tiny import tiny_method
 from tests.helpers.trees import at, init_base, random_frozen
 
+pytestmark = pytest.mark.slow
+
 RATE = 0.3
 TINY = make_model(VARIANTS["t5-tiny"], "float32", "none", dropout=RATE)
 
@@ -110,7 +112,6 @@ def loss_and_gradient(model, key):
     return jax.jit(jax.value_and_grad(loss))(bank)
 
 
-@pytest.mark.slow
 def test_what_is_computed_again_is_dropped_again():
     plain = loss_and_gradient(TINY, jax.random.key(9))
     for remat in ("full", "dots"):

@@ -12,6 +12,7 @@ from sapt_jax.models.layers import REMAT
 from sapt_jax.pretrained.loading import TABLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["t5-tiny", "llama-tiny"])
 def test_parameters_are_those_that_a_model_is_made_with(variant):
     model = make_model(VARIANTS[variant], "float32", "none")

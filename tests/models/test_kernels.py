@@ -38,6 +38,7 @@ def loop(query, key, value, valid):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 @pytest.mark.parametrize("length", [128, 150])
 def test_attends_to_valid_tokens_up_to_itself(kernel, length):

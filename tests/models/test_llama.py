@@ -101,6 +101,7 @@ def small():
     return make_model(CONFIG, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_match_transformers(kind, tmp_path):
     reference = make_reference(kind, seed=1)
@@ -137,6 +138,7 @@ def test_greedy_tokens_match_transformers(kind, tmp_path):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_left_padding_changes_nothing(small):
     model, params = small
     batch, mixture = make_batch(seed=5), make_mixture(CONFIG, seed=6)
@@ -311,6 +313,7 @@ def test_every_activation_is_transformers_own():
         np.testing.assert_allclose(activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)).numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "millions"),
     [

@@ -110,6 +110,7 @@ def check_against_merged_kernels(name, chosen, seed):
     np.testing.assert_allclose(decoded(model, params, batch, mixture), want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @MODELS
 def test_blocks_on_every_kernel_equal_merged_kernels(name):
     shape, _, kernels = SHAPES[name]
@@ -118,11 +119,13 @@ def test_blocks_on_every_kernel_equal_merged_kernels(name):
     check_against_merged_kernels(name, lambda path: True, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stack"), [("gated T5", "encoder"), ("T5", "decoder"), ("LLaMA", "decoder")])
 def test_blocks_on_one_stack_and_projection_equal_merged_kernels(name, stack):
     check_against_merged_kernels(name, lambda path: path.startswith(stack) and path.endswith("/out"), seed=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gated T5", "LLaMA"])
 def test_a_gradient_reaches_every_block_under_remat(name):
     shape, make_batch, _ = SHAPES[name]
@@ -138,6 +141,7 @@ def test_a_gradient_reaches_every_block_under_remat(name):
         assert (np.abs(gradient).max(axis=(1, 2)) > 0).all(), path
 
 
+@pytest.mark.slow
 @MODELS
 def test_only_projections_with_blocks_have_products_more(name):
     """Two products for the one block of the decoder's layers, which are one loop; none for a mixture without blocks."""

@@ -95,6 +95,7 @@ def greedy(model, params, batch, steps, mixture=None):
     return np.swapaxes(tokens, 0, 1), np.swapaxes(logits, 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", fast_is("v1.1", GENERATIONS))
 def test_matches_transformers(generation, tmp_path):
     reference = make_reference(generation, seed=1)
@@ -135,6 +136,7 @@ def test_buckets_match_transformers():
             np.testing.assert_array_equal(got, want.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", fast_is("v1.1", SHAPES))
 def test_padding_changes_nothing(shape):
     model, params = make_model(SHAPES[shape], seed=3)
@@ -146,6 +148,7 @@ def test_padding_changes_nothing(shape):
     np.testing.assert_allclose(np.asarray(padded)[real], np.asarray(plain)[real], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_rows_do_not_see_each_other():
     model, params = make_model(CONFIG, seed=5)
     batch = make_batch(seed=6, vocab=31)
@@ -153,6 +156,7 @@ def test_rows_do_not_see_each_other():
     np.testing.assert_allclose(logits_of(model, params, alone)[0], logits_of(model, params, batch)[1], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", fast_is("v1.1", SHAPES))
 def test_decoding_equals_teacher_forcing(shape):
     config = SHAPES[shape]
@@ -184,6 +188,7 @@ def test_remat_changes_no_gradient():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradient(remat), plain)
 
 
+@pytest.mark.slow
 def test_no_mixture_equals_zero_mixture():
     model, params = make_model(CONFIG, seed=13)
     batch = make_batch(seed=14, vocab=31)
@@ -291,6 +296,7 @@ def test_fully_masked_row_is_finite():
     assert np.isfinite(logits_of(model, params, batch)).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32():
     batch = make_batch(seed=21, vocab=31)
     (exact, params), (rough, _) = make_model(CONFIG, seed=22), make_model(CONFIG, seed=22, dtype=jnp.bfloat16)
@@ -313,6 +319,7 @@ def test_gradient_reaches_every_block_through_both_stacks():
     assert (np.abs(jax.jit(jax.grad(loss))(jnp.asarray(weights, jnp.float32))) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "millions"),
     (

@@ -38,6 +38,7 @@ def random_bank(kind, seed, tasks):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), empty_bank(kind, tasks))
 
 
+@pytest.mark.slow
 def test_lora_mixture_equals_a_loop_over_blocks():
     rng = np.random.default_rng(0)
     tasks, kind = 5, pet.Lora(rank=3, alpha=12.0)
@@ -78,6 +79,7 @@ def test_write_changes_one_slot_and_read_returns_it(kind):
         jax.tree.map(np.testing.assert_array_equal, kind.read(written, t), kind.read(bank, t))
 
 
+@pytest.mark.slow
 @KINDS
 def test_gradients_of_a_write_reach_the_slot_alone(kind):
     bank, slot = random_bank(kind, 3, 3), init_block(kind, 1)

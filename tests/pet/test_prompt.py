@@ -16,6 +16,8 @@ from sapt_jax.models.t5 import T5
 from sapt_jax.pretrained.loading import load_pretrained, read_model_config
 from tests.helpers import llama_reference, t5_reference
 
+pytestmark = pytest.mark.slow
+
 PROMPT = pet.Prompt(length=5)
 STEPS = 6
 FAMILIES = {

@@ -64,6 +64,7 @@ def test_orbax_and_our_loader_restore_what_was_written(tmp_path, monkeypatch, dt
         np.testing.assert_array_equal(np.asarray(by_orbax[name]), array.astype(dtype), err_msg=name)
 
 
+@pytest.mark.slow
 def test_values_are_cast_as_direct_loading_casts_them(tmp_path):
     checkpoint = write_t5x(tmp_path / "checkpoint_0", unscanned(make_params(seed=2)))
     target = abstract_params(checkpoint, jnp.bfloat16)
@@ -150,6 +151,7 @@ def run(script, *arguments, **environment):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_each_shard_is_read_once_and_nothing_else(tmp_path):
     array = np.random.default_rng(5).standard_normal((8, 12)).astype(np.float32)
     base = write_base(tmp_path / "base", {"w": array})

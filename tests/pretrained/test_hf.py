@@ -117,6 +117,7 @@ def test_all_mismatches_are_listed_in_one_error(tmp_path):
         assert line in message
 
 
+@pytest.mark.slow
 def test_weights_go_straight_into_their_shardings_and_each_shard_reads_only_its_part():
     """Loading needs several devices, so it runs on the 4 virtual ones of a fresh interpreter."""
     command = [sys.executable, "-m", "tests.helpers.on_four_devices"]

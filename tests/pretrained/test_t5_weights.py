@@ -139,6 +139,7 @@ def test_bias_of_every_layer(tmp_path):
     np.testing.assert_array_equal(params["decoder/relpos_bias/rel_embedding"][2], tensors[name].T)
 
 
+@pytest.mark.slow
 def test_the_weights_say_whether_the_head_is_tied(tmp_path):
     tensors = make_tensors(seed=4)
 

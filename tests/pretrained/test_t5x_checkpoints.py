@@ -36,12 +36,14 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ("gfile", "gcs", "file"))
 def test_separate_layers(tmp_path, driver):
     params = make_params(seed=1)
     assert_loads_as(write_t5x(tmp_path / "checkpoint_3", unscanned(params), driver=driver), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", (1, 0))
 @pytest.mark.parametrize("bias_per_layer", (False, True))
 def test_scanned_layers(tmp_path, axis, bias_per_layer):
@@ -72,6 +74,7 @@ def test_without_optimizer_state(tmp_path):
     assert_loads_as(write_t5x(tmp_path / "checkpoint_3", unscanned(params), state=False), params)
 
 
+@pytest.mark.slow
 def test_bfloat16_kept_as_uint16_before_version_3(tmp_path):
     params = make_params(seed=6, dtype=ml_dtypes.bfloat16)
     arrays = {k: v.view(np.uint16) if v.ndim > 1 else v for k, v in unscanned(params).items()}
@@ -99,6 +102,7 @@ def test_any_part_of_a_kernel_with_heads_apart():
             np.testing.assert_array_equal(view[index], whole[index])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias_per_layer", (False, True))
 @pytest.mark.parametrize("dtype", (np.float32, ml_dtypes.bfloat16))
 def test_written_checkpoint_reads_back(tmp_path, bias_per_layer, dtype):

@@ -16,6 +16,8 @@ from sapt_jax.state import Trainable
 from tests.helpers.run_files import assert_same_arrays, committed
 from tests.helpers.tiny import tiny_config, write_tasks
 
+pytestmark = pytest.mark.slow
+
 POOL = "tasks/00-shout/generated_data/shout/train.json"
 SETTINGS = {
     "task_order": "shout,mirror",

@@ -130,6 +130,7 @@ def zeros(leaves):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.abstract(leaves))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind"), [("sapt", "lora"), ("sapt", "prompt"), ("seq_lora", "lora")])
 def test_it_loads_into_the_trees_of_today(tmp_path, method, kind):
     written = write_old(tmp_path / "run", method, kind)
@@ -142,6 +143,7 @@ def test_it_loads_into_the_trees_of_today(tmp_path, method, kind):
         assert_is(frozen, trainable, old, kind, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind"), [("sapt", "lora"), ("sapt", "prompt"), ("seq_lora", "lora")])
 def test_the_run_is_read(tmp_path, method, kind):
     written = write_old(tmp_path / "run", method, kind)
@@ -157,6 +159,7 @@ def test_the_run_is_read(tmp_path, method, kind):
     assert config.optimizer.options == (("b2", 0.95), ("weight_decay", 0.0))
 
 
+@pytest.mark.slow
 def test_the_commands_read_it(tmp_path):
     """What goes to PyTorch and back is a workdir of today."""
     written = write_old(tmp_path / "run", "sapt", "lora")

@@ -74,6 +74,7 @@ def test_the_compiled_decoding_does_the_flops_counted_by_hand():
     assert found["decode"].model_flops < result.estimate.flops < 1.02 * found["decode"].model_flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "parameters"), [(LLAMA_VARIANTS["llama-2-7b"], 6.738e9), (T5_VARIANTS["t5-v1_1-xl"], 2.85e9)]
 )
