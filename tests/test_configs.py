@@ -8,9 +8,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import ablations, paper
+from configs import ablations, methods, paper
 from sapt_jax.config import check_config, flatten, make_method
 from sapt_jax.data.benchmarks import TASK_ORDERS, resolve_task_order
+from sapt_jax.methods import METHODS
 from sapt_jax.models.families import DTYPES, VARIANTS
 
 FOLDER = Path(paper.__file__).parent
@@ -148,6 +149,56 @@ def test_an_ablation_is_a_delta(name, expected):
 def test_an_unknown_ablation_is_an_error():
     with pytest.raises(ValueError, match="name='without_luck' is unknown; choose without_arm, "):
         ablations.get_config("name=without_luck")
+
+
+def delta(name, of):
+    """What a preset changes in another config, but for the method and the rates of SAPT's selector."""
+    config = methods.get_config(f"name={name},of={of}")
+    check_config(config)
+    assert config.method == name
+    before = flatten(module_of(of).get_config())
+    changed = {field: value for field, value in flatten(config).items() if value != before[field]}
+    rates = changed.pop("optimizer.rates", None)
+    assert rates in (None, ((".*", 1.0),)) and (name != "sapt" or rates is None)
+    changed.pop("method", None)
+    return changed
+
+
+@pytest.mark.parametrize("of", ["demo", "t5_large_superni", "llama2_7b_long"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_preset_for_every_config(name, of):
+    changed = delta(name, of)
+    kind = METHODS[name].only
+    assert changed.get("pet.kind", "lora") == (kind[0] if kind else changed.get("pet.kind", "lora"))
+
+
+def test_presets_are_what_the_methods_authors_use():
+    """BASELINES of the field, as the methods' releases have them; LoRA methods stand beside SAPT at its settings."""
+    assert delta("sequential", "t5_large_superni") == delta("ewc", "llama2_7b_long") == delta("o_lora", "demo") == {}
+    rates = {"optimizer.learning_rate": 1e-3, "train.epochs": 1, "train.eval_every_epochs": 1, "train.batch_size": 64}
+    assert delta("o_lora", "t5_large_long") == rates
+    assert delta("o_lora", "llama2_7b_long") == {"optimizer.learning_rate": 1e-4}
+    prompts = {"pet.kind": "prompt", "optimizer.options": (("weight_decay", 1e-5),)}
+    assert delta("prog_prompt", "t5_large_superni") == {**prompts, "optimizer.learning_rate": 0.3}
+    on_long = {**prompts, "optimizer.learning_rate": 0.3, "train.batch_size": 8}
+    assert delta("prog_prompt", "t5_large_long") == on_long
+    on_llama = {**prompts, "optimizer.learning_rate": 0.03, "train.batch_size": 16}
+    assert delta("prog_prompt", "llama2_7b_superni") == on_llama
+    assert delta("prog_prompt", "demo") == {**prompts, "optimizer.learning_rate": 0.03}
+    assert delta("l2p", "t5_large_long") == {"pet.kind": "prompt", "optimizer.learning_rate": 0.03}
+
+
+def test_a_presets_argument_reaches_the_other_config():
+    config = methods.get_config("name=l2p,order=long_mnli,of=t5_large_long,protocol=released")
+    assert config.task_order == "long_mnli" and config.data.dev_is_test and config.method == "l2p"
+    for argument, message in {
+        "name=luck": "name='luck' is unknown; choose sapt, ",
+        "of=nothing": "of='nothing' is no config of the folder configs",
+        "name=ewc,of=demo,order=long": "'order=long' is not understood: configs/demo.py takes none",
+        "name=ewc,of=t5_large_long,oder=long": "'oder=long' is not understood; its defaults are",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            methods.get_config(argument)
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -40,7 +40,7 @@ class SaptConfig(PreTrainedConfig):
       scale: what LoRA's output is multiplied by, alpha / R.
       temperature: multiplies sqrt(D) under the attention scores.
       pool_padding: a row shorter than the longest of its batch also pools its padding, as the paper's code does.
-      selection: "attention", or "mean": all blocks alike.
+      selection: "attention", "mean": all blocks alike, or "sum": all blocks at weight 1.
     """
 
     model_type = "sapt"
@@ -129,8 +129,9 @@ class SaptModel(PreTrainedModel):
             pooled_over = mask | (lengths < lengths.max())[:, None]
         pooled = embeddings.masked_fill(~pooled_over[..., None], float("-inf")).amax(dim=1)
         pooled = torch.where((lengths > 0)[:, None], pooled, 0.0)
-        if self.config.selection == "mean":
-            return (self.enabled / self.enabled.sum()).expand(len(pooled), -1)
+        if self.config.selection in ("mean", "sum"):
+            number = self.enabled.sum() if self.config.selection == "mean" else 1
+            return (self.enabled / number).expand(len(pooled), -1)
         projection = {name: tensor.float() for name, tensor in self.projection.items()}
         width = pooled.shape[1]
         hidden = F.silu(pooled @ projection["down"] @ projection["up"])

@@ -6,7 +6,7 @@
     modeling_sapt.py    the model, which needs nothing of this package
     base/               the base model as a transformers folder, where it is included
 
-Every array goes out and comes back bit for bit. Sequential LoRA has bank.* alone.
+Every array goes out and comes back bit for bit. A single block, or a plain sum of blocks, has bank.* and enabled alone.
 """
 
 import json
@@ -54,14 +54,16 @@ def write_model(learned: Learned, include_base: bool, out: Path) -> None:
 
     Raises:
       ValueError: the base model is no transformers folder and not to be included, or has random weights; or the method
-        is neither SAPT nor sequential LoRA.
+        mixes its blocks in a way of its own.
       FileExistsError: the folder exists.
     """
     path = learned.config.model.path
-    if learned.method.mixing not in ("attention", "one"):
+    learned.check_linear()
+    if learned.method.mixing not in ("attention", "one", "sum"):
         raise ValueError(
-            f"config.method={learned.config.method!r} does not mix its blocks as modeling_sapt.py does, which knows "
-            "SAPT's attention and a single block: to-peft and to-hf take blocks under given weights to PyTorch"
+            f"config.method={learned.config.method!r} chooses its blocks in a way that modeling_sapt.py does not know, "
+            "which has SAPT's attention, a single block and plain sums: to-peft and to-hf take blocks under given "
+            "weights to PyTorch"
         )
     if not include_base:
         _check_readable(learned)
@@ -90,7 +92,7 @@ def read_model(folder: Path, base: str, out: Path) -> None:
     Raises:
       FileNotFoundError: the folder lacks a file, or its base model is gone.
       FileExistsError: the workdir exists.
-      ValueError: a file is broken, does not fit the base model, or is of sequential LoRA.
+      ValueError: a file is broken, does not fit the base model, or is of a method that keeps more than it holds.
     """
     if missing := [name for name in ("config.json", MODEL, RUN) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: give a folder that to-torch wrote")
@@ -110,15 +112,24 @@ def read_model(folder: Path, base: str, out: Path) -> None:
             f"config.method={config.method!r} keeps the block of its last task alone: the run cannot be rebuilt from it"
         )
     frozen, trainable = abstract(declared_state(config, shape, len(tasks)))
+    attends = method.mixing == "attention"
+    if frozen.memory and not attends:
+        raise ValueError(
+            f"config.method={config.method!r} keeps {', '.join(sorted(frozen.memory))} beside its blocks, which "
+            "to-torch leaves out: the run cannot be rebuilt from it"
+        )
     history = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(tasks), *x.shape), x.dtype), trainable.selector)
     model = _load(folder / MODEL, _model_tensors(frozen, trainable))
     run = _load(folder / RUN, _run_tensors(frozen, history))
     bank = {path: model[name] for path, name in _bank_names(frozen.bank).items()}
     bank, ended = flax.traverse_util.unflatten_dict(bank), {}
     for index, task in enumerate(tasks):
-        projection = {name: run[f"projection.{name}"][index] for name in query_projection(trainable.selector)}
-        selector = make_selector(model["keys"][index], projection)
-        ended[task] = Ended(Trainable(method.pet.read(bank, index), selector), run["targets"][index, : index + 1])
+        selector, target = {}, None
+        if attends:
+            projection = {name: run[f"projection.{name}"][index] for name in query_projection(trainable.selector)}
+            selector = make_selector(model["keys"][index], projection)
+            target = run["targets"][index, : index + 1]
+        ended[task] = Ended(Trainable(method.pet.read(bank, index), selector), target)
     write_run(config, shape, ended, out)
 
 
@@ -163,8 +174,8 @@ def _check_readable(learned: Learned) -> None:
 def _config(learned: Learned, base: str | None) -> dict[str, Any]:
     options, method = learned.config, learned.method
     modules = hf_modules(learned.shape, learned.frozen.bank) if options.pet.kind == "lora" else {}
-    # A single block is mixed as the mean of all.
-    mixing = {"selection": "mean"}
+    # A single block is the sum of all.
+    mixing = {"selection": "sum"}
     if method.mixing == "attention":
         mixing = {name: getattr(method, name) for name in ("temperature", "pool_padding", "selection")}
     return {

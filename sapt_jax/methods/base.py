@@ -114,7 +114,7 @@ class Method(abc.ABC):
     @property
     def routes(self) -> bool:
         """Whether it says itself, from an input alone, which task's block answers it: its choices are then scored."""
-        return self.mixing in ("attention", "routed") and not self.needs_task_id and self.capacity(2) > 1
+        return self.mixing not in ("sum", "one") and not self.needs_task_id and self.capacity(2) > 1
 
     def uses(self, hook: str) -> bool:
         """Whether programs call a hook: where the method's class defines it."""

@@ -94,8 +94,9 @@ def test_a_sum_of_blocks_needs_no_weights(tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     main(["to-peft", f"--run={run}", f"--out={tmp_path / 'sum'}"])
     assert json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["r"] == 6
-    for command in ("to-torch", "to-reference"):
-        assert "config.method='inc_lora'" in error_of(command, f"--run={run}", f"--out={tmp_path / 'out'}")
+    main(["to-torch", f"--run={run}", f"--out={tmp_path / 'torch'}"])
+    assert json.loads((tmp_path / "torch" / "config.json").read_text())["selection"] == "sum"
+    assert "config.method='inc_lora'" in error_of("to-reference", f"--run={run}", f"--out={tmp_path / 'out'}")
 
 
 @pytest.mark.slow

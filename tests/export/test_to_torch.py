@@ -265,11 +265,14 @@ def test_the_exported_model_refuses_a_base_of_other_layers(tmp_path):
         load_by_import(tmp_path / "export")
 
 
-def test_a_method_that_mixes_otherwise_cannot_leave(tmp_path):
-    _, run = make_run(tmp_path, "llama", "lora", method="inc_lora")
-    with pytest.raises(ValueError, match="inc_lora.*SAPT's attention and a single block: to-peft and to-hf"):
-        write_model(read_run(run), False, tmp_path / "export")
-    assert not list(tmp_path.glob("export*"))
+@pytest.mark.parametrize(("family", "kind"), [("t5", "lora"), ("llama", "prompt")])
+def test_a_plain_sum_leaves_and_comes_back(tmp_path, family, kind):
+    ours, theirs = export(tmp_path, family, kind, method="inc_lora")
+    batch = make_rows(family, seed=13)
+    np.testing.assert_array_equal(theirs.attention(*tensors(batch)).numpy(), np.ones((5, 3)))
+    check_logits(ours, theirs, family)
+    read_model(tmp_path / "export", "", tmp_path / "back")
+    assert_same_arrays(committed(tmp_path / "back"), committed(tmp_path / "run"))
 
 
 def test_sequential_lora_leaves_and_cannot_come_back(tmp_path):
