@@ -41,6 +41,7 @@ _RUN: dict[str, Setting] = {
         "", "Where tasks come from, if not the benchmark's usual source.", choices=("", *SOURCES), protocol=True
     ),
     "data_dir": Setting("", "Holds CL_Benchmark and generated_data; empty reads SAPT_DATA_DIR.", free=True),
+    "own_dir": Setting("", "Holds own tasks that the order names beside the benchmark's.", free=True),
 }
 _MODEL = {
     "path": Setting(

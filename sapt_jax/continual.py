@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir = as_path(workdir)
     check_config(config)
     check_same_run(config, workdir)
-    names = resolve_task_order(config.task_order, config.benchmark)
+    names = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
     checkpoints.check_order(workdir, names)
     disabled = _disabled_tasks(config, names, workdir)
     references = _references(config, names)
@@ -184,7 +184,9 @@ def _test_beside(run: Run, trees: tuple[Frozen, Trainable], results: epath.Path)
 
 def _disabled_tasks(config: ConfigDict, names: tuple[str, ...], workdir: epath.Path) -> tuple[str, ...]:
     given = config.disabled_tasks
-    disabled = resolve_task_order(given, config.benchmark, "config.disabled_tasks") if given else ()
+    disabled = ()
+    if given:
+        disabled = resolve_task_order(given, config.benchmark, "config.disabled_tasks", config.own_dir)
     method = make_method(config)
     for name in disabled:
         if name not in names:

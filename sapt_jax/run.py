@@ -108,8 +108,8 @@ class Run:
         return frozen.replace(base=base, enabled=sharding.replicate(enabled, self.mesh))
 
 
-def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
-    """The model without its weights, the tokenizer, and the tokenised tasks.
+def read_model(config: ConfigDict) -> tuple[nn.Module, Tokenizer]:
+    """The model without its weights, and the tokenizer.
 
     Raises:
       ValueError or FileNotFoundError: naming the file or config field at fault.
@@ -119,9 +119,8 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
     if not (options.tokenizer or options.path):
         raise ValueError('config.model.tokenizer is empty: name one, or "bytes", for a model without a path.')
     model = make_model(shape, options.dtype, options.remat, options.attention, options.dropout)
-    method = make_method(config)
     # What blocks go on is known before data is read.
-    method.trainable_leaves(parameters(model))
+    make_method(config).trainable_leaves(parameters(model))
     tokenizer = load_tokenizer(options.tokenizer or resolve_path(options.path))
     if config.data.pad_with_bos:
         if tokenizer.bos_id is None:
@@ -138,7 +137,18 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
             f"config.eval.beams={config.eval.beams} must be at most {shape.vocab_size // 2}, half of the model's "
             "vocabulary."
         )
-    num_tasks = len(resolve_task_order(config.task_order, config.benchmark))
+    return model, tokenizer
+
+
+def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
+    """The model and the tokenizer, as `read_model`, and the tokenised tasks.
+
+    Raises:
+      ValueError or FileNotFoundError: naming the file or config field at fault.
+    """
+    model, tokenizer = read_model(config)
+    method = make_method(config)
+    num_tasks = len(resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir))
     stream = load_stream(
         config,
         tokenizer,

@@ -1,4 +1,4 @@
-"""What a run tells after each task: scores.json, the table in the terminal, and the closing summary."""
+"""What a run tells: its instructions, then after each task scores.json and a table, and a closing summary."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from etils import epath
 
 from sapt_jax.config import protocol_of
 from sapt_jax.data.benchmarks import SUPERNI_CATEGORIES
+from sapt_jax.data.instructions import write_instructions
 from sapt_jax.evaluation import Tested
 from sapt_jax.models.families import parameters
 from sapt_jax.pseudo_samples.pools import Pools, rows_kept
@@ -60,8 +61,9 @@ class Tale:
         self.matrix = metrics.empty_matrix(len(self.run.stream.tasks))
 
     def opening(self) -> None:
-        """Says what the run is about to do."""
+        """Says what the run is about to do, and leaves its tasks' instructions for those who ask it."""
         stream, config = self.run.stream, self.run.config
+        write_instructions(self.run.workdir, [task.task for task in stream.tasks + stream.unseen])
         cut = stream.truncated()
         self.run.console.print(
             f"{len(stream.tasks)} tasks, {sum(len(task.train) for task in stream.tasks)} training rows, batch shapes "

@@ -99,11 +99,13 @@ class Origin:
       benchmark: a key of `BENCHMARKS`; it sets the metric and the prompt template.
       source: a key of `SOURCES`, or "" for the benchmark's usual one.
       data_dir: the data folder; None or "" reads SAPT_DATA_DIR.
+      own_dir: a folder of own tasks, which come before those of the source; "" is none.
     """
 
     benchmark: str
     source: str
     data_dir: str | None
+    own_dir: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +208,13 @@ def _choose(table: dict, name: str, setting: str):
     return table[name]
 
 
+def is_own(name: str, own_dir: str) -> bool:
+    """Whether a task lies in the folder of own tasks."""
+    return bool(own_dir) and (Path(own_dir).expanduser() / name).is_dir()
+
+
 def resolve_task_order(
-    task_order: str | Sequence[str], benchmark: str, setting: str = "config.task_order"
+    task_order: str | Sequence[str], benchmark: str, setting: str = "config.task_order", own_dir: str = ""
 ) -> tuple[str, ...]:
     """Returns full task names, in order.
 
@@ -218,6 +225,7 @@ def resolve_task_order(
         that SuperNI takes any natural-instructions name ("task" and digits), which its source then has to
         hold.
       setting: where the order stands, for errors.
+      own_dir: a folder of own tasks, whose names every benchmark takes too.
 
     Raises:
       ValueError: naming the setting and the name that is unknown, there twice, or cannot be a folder's.
@@ -235,7 +243,7 @@ def resolve_task_order(
         check_name(name, given)
         matches = [task for task in known if task == name or task.split("_")[0] == name]
         is_natural_instruction = benchmark == "superni" and name[:4] == "task" and name[4:5].isdigit() and "_" in name
-        if known and not matches and not is_natural_instruction:
+        if known and not matches and not is_natural_instruction and not is_own(name, own_dir):
             orders = [order for order, tasks in TASK_ORDERS.items() if set(tasks) == set(known)]
             raise ValueError(f"{given}: unknown task {name!r} of {benchmark}. {nearest_name(name, [*known, *orders])}")
         full.append(matches[0] if matches else name)
@@ -281,8 +289,10 @@ def load_task(name: str, origin: Origin, rules: SplitRules) -> Task:
     """
     benchmark = _choose(BENCHMARKS, origin.benchmark, "benchmark")
     source = origin.source or benchmark.source
-    read = _choose(SOURCES, source, "data_source")
-    task = read(name, benchmark, origin.data_dir, rules.on_bad_instance, rules.seed)
+    read, data_dir = _choose(SOURCES, source, "data_source"), origin.data_dir
+    if is_own(name, origin.own_dir):
+        source, read, data_dir = "own", _from_own, origin.own_dir
+    task = read(name, benchmark, data_dir, rules.on_bad_instance, rules.seed)
     for split in ("train", "test"):
         if not getattr(task, split):
             raise ValueError(

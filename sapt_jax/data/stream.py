@@ -11,6 +11,7 @@ from sapt_jax.data.benchmarks import (
     BENCHMARKS,
     Origin,
     SplitRules,
+    is_own,
     load_task,
     load_unseen_task,
     resolve_data_dir,
@@ -128,13 +129,17 @@ def load_stream(
     Raises:
       ValueError or FileNotFoundError: naming the file, row or config field at fault.
     """
-    names = resolve_task_order(config.task_order, config.benchmark)
+    names = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
     data, rules = config.data, encoding_rules(config, tokenizer, padding_side)
-    origin = Origin(config.benchmark, config.data_source, config.data_dir)
+    origin = Origin(config.benchmark, config.data_source, config.data_dir, config.own_dir)
     cuts = SplitRules(**{field.name: data[field.name] for field in dataclasses.fields(SplitRules)})
     pools = _pool_origin(config) if with_pools else None
     encode = functools.partial(_encode, tokenizer=tokenizer, rules=rules)
-    tasks = tuple(encode(load_task(name, origin, cuts), pools) for name in names)
+    # Nobody has written pools of a user's own tasks.
+    own_pools = pools and (dataclasses.replace(pools, source="train") if pools.source == "files" else pools)
+    tasks = tuple(
+        encode(load_task(name, origin, cuts), own_pools if is_own(name, config.own_dir) else pools) for name in names
+    )
     given = f"config.eval.unseen_tasks={config.eval.unseen_tasks!r}"
     unseen_names = [check_name(name, given) for name in split_names(config.eval.unseen_tasks)]
     unseen = tuple(encode(load_unseen_task(name, origin, cuts), None) for name in unseen_names)

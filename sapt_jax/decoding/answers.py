@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from sapt_jax.decoding.beam_search import beam_search
 from sapt_jax.decoding.greedy import extend_until_end, most_likely
-from sapt_jax.decoding.sampling import draw
+from sapt_jax.decoding.sampling import draw, draw_apart
 from sapt_jax.methods.base import Apply, Method
-from sapt_jax.state import Frozen, Task, Trainable
+from sapt_jax.state import Frozen, Task, Trainable, rng
 
 
 class Ends(NamedTuple):
@@ -33,6 +34,22 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+
+class Wishes(NamedTuple):
+    """What each row of a batch is to be answered with.
+
+    Attributes:
+      limits: [B] int32, the most tokens of an answer.
+      seeds, numbers: [B] uint32; a row's random numbers depend on these two alone.
+      temperatures, top_ps: [B] float32, see `sampling.draw`.
+    """
+
+    limits: jax.Array
+    seeds: jax.Array
+    numbers: jax.Array
+    temperatures: jax.Array
+    top_ps: jax.Array
 
 
 class Read(NamedTuple):
@@ -106,3 +123,33 @@ def make_sample(apply: Apply, method: Method, ends: Ends, sampling: Sampling) ->
         return extend_until_end(read.decode_step, pick, read.logits, read.cache, done, *ends)
 
     return jax.jit(sample)
+
+
+def make_answer(apply: Apply, method: Method, ends: Ends, drawn: bool) -> Callable:
+    """Builds the jitted `answer(frozen, trainable, source, source_mask, task, wishes)`, which returns as `generate`.
+
+    Each row ends at a limit of its own, which is at most that of `ends`: its tokens from there on say nothing. The loop
+    stops with the last row.
+
+    Args:
+      drawn: whether tokens are drawn, each row with random numbers of its own; else they are the most likely ones.
+    """
+
+    def answer(
+        frozen: Frozen, trainable: Trainable, source: jax.Array, source_mask: jax.Array, task: Task, wishes: Wishes
+    ) -> tuple[jax.Array, jax.Array]:
+        read = read_source(apply, method, (frozen, trainable, source, source_mask, task), ends.new_tokens, 1)
+        keys = jax.vmap(lambda seed, number: rng(seed, "answer", number))(wishes.seeds, wishes.numbers)
+
+        def pick(logits: jax.Array, index: jax.Array) -> jax.Array:
+            if drawn:
+                at = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+                tokens = draw_apart(at, logits, wishes.temperatures, wishes.top_ps)
+            else:
+                tokens = most_likely(logits, index)
+            return jnp.where(index < wishes.limits, tokens, ends.eos_id)
+
+        done = ~source_mask.any(axis=1)
+        return extend_until_end(read.decode_step, pick, read.logits, read.cache, done, *ends), read.weights
+
+    return jax.jit(answer)

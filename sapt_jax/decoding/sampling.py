@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 
-def draw(rng: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
+def draw(
+    rng: jax.Array, logits: jax.Array, temperature: float | jax.Array, top_k: int, top_p: float | jax.Array
+) -> jax.Array:
     """Draws a token [B] from softmax(logits [B, V] / temperature), cut to its likely part.
 
     Args:
@@ -17,3 +19,15 @@ def draw(rng: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_
     values = jnp.where(jnp.cumsum(likely, axis=-1) - likely < top_p, values, -jnp.inf)
     chosen = jax.random.categorical(rng, values, axis=-1)
     return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0]
+
+
+def draw_apart(keys: jax.Array, logits: jax.Array, temperatures: jax.Array, top_ps: jax.Array) -> jax.Array:
+    """As `draw`, of all tokens, for every row [B] with a key, a temperature and a top_p of its own.
+
+    What a row draws does not depend on the rows beside it.
+    """
+
+    def of_row(key: jax.Array, logits: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+        return draw(key, logits[None], temperature, 0, top_p)[0]
+
+    return jax.vmap(of_row)(keys, logits, temperatures, top_ps)

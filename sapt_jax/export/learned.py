@@ -143,8 +143,7 @@ def read_run(workdir: Path, base: str = "") -> Learned:
         raise FileNotFoundError(f"{workdir} has no config.json: give the --workdir of a run of sapt_jax.main")
     config = read_config(read_json(file, "Put a whole copy back."), str(file))
     shape = read_base_shape(config, base)
-    folders = [folder for folder in (workdir / "tasks").glob("[0-9]*-*") if checkpoints.has_committed(folder)]
-    folders.sort(key=lambda folder: int(folder.name.split("-", 1)[0]))
+    folders = checkpoints.committed_folders(workdir)
     if not folders:
         raise FileNotFoundError(f"{workdir} has no committed task yet: let the run finish its first one")
     tasks = tuple(folder.name.split("-", 1)[1] for folder in folders)
@@ -161,7 +160,9 @@ def read_run(workdir: Path, base: str = "") -> Learned:
             f"{where} is not the model that this run was trained on, or the run is damaged: {error}"
         ) from None
     given = config.disabled_tasks
-    disabled = resolve_task_order(given, config.benchmark, "config.disabled_tasks") if given else ()
+    disabled = ()
+    if given:
+        disabled = resolve_task_order(given, config.benchmark, "config.disabled_tasks", config.own_dir)
     enabled = np.array([name not in disabled for name in slots])
     declared, _ = declared_state(config, shape, len(slots))
     bank, memory = (_cut(getattr(last, name), getattr(declared, name)) for name in ("bank", "memory"))
@@ -184,7 +185,7 @@ def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdi
     """
     for name, task in ended.items():
         _check_numbers(name, task)
-    order = resolve_task_order(config.task_order, config.benchmark)
+    order = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
     if order[: len(ended)] != tuple(ended):
         raise ValueError(f"config.task_order begins with {', '.join(order)}, the tasks are {', '.join(ended)}")
     method = make_method(config)

@@ -292,6 +292,6 @@ def _settle(config: ConfigDict, base: str, tasks: tuple[str, ...], trainables: S
 
 def _begins_with(config: ConfigDict, tasks: tuple[str, ...]) -> bool:
     try:
-        return resolve_task_order(config.task_order, config.benchmark)[: len(tasks)] == tasks
+        return resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)[: len(tasks)] == tasks
     except ValueError:
         return False

@@ -181,6 +181,12 @@ def has_committed(folder: Path) -> bool:
     return _is_finished(as_path(folder) / "committed")
 
 
+def committed_folders(workdir: Path) -> list[epath.Path]:
+    """The folders of the committed tasks, in order."""
+    folders = [folder for folder in (as_path(workdir) / "tasks").glob("[0-9]*-*") if has_committed(folder)]
+    return sorted(folders, key=lambda folder: int(folder.name.split("-", 1)[0]))
+
+
 def saved_capacity(folder: Path, declared: Frozen) -> int:
     """The number of slots in the bank that a committed task's checkpoint holds.
 

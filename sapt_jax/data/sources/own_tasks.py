@@ -122,7 +122,22 @@ def _content(turn: Any) -> str:
     return content
 
 
-def _from_messages(entry: Any) -> Any:
+def read_turns(messages: Sequence[Any]) -> tuple[tuple[str, str], ...]:
+    """The turns (role, content) of a chat.
+
+    Raises:
+      ValueError: a turn is not of the form that the head of this file shows.
+    """
+    contents = [_content(turn) for turn in messages]
+    return tuple(zip((turn["role"] for turn in messages), contents, strict=True))
+
+
+def written_out(turns: Sequence[tuple[str, str]]) -> str:
+    """A chat as text, for tokenizers without a chat template: one turn as it is, several as lines "role: content"."""
+    return turns[0][1] if len(turns) == 1 else "\n".join(f"{role}: {content}" for role, content in turns)
+
+
+def from_messages(entry: Any) -> Any:
     """Turns a chat into input and output: the last turn is the output, those before it are the input."""
     if not isinstance(entry, dict) or "messages" not in entry:
         return entry
@@ -130,14 +145,12 @@ def _from_messages(entry: Any) -> Any:
     if not isinstance(messages, list) or len(messages) < 2:
         return ValueError(_CHAT_FORM)
     try:
-        contents = [_content(turn) for turn in messages]
+        *before, (last, answer) = read_turns(messages)
     except ValueError as error:
         return error
-    *before, (last, answer) = zip((turn["role"] for turn in messages), contents, strict=True)
     if last != "assistant":
         return ValueError(_CHAT_FORM)
-    text = before[0][1] if len(before) == 1 else "\n".join(f"{role}: {content}" for role, content in before)
-    return {"id": entry.get("id"), "input": text, "output": answer, "chat": tuple(before)}
+    return {"id": entry.get("id"), "input": written_out(before), "output": answer, "chat": tuple(before)}
 
 
 def read_own_task(name: str, *, root: Path, on_bad_instance: str) -> Task:
@@ -160,7 +173,7 @@ def read_own_task(name: str, *, root: Path, on_bad_instance: str) -> Task:
                 f'{{"input": ..., "output": ...}} a line (or {split}.csv, or {split}.parquet).'
             )
         instances[split] = read_instances(
-            ((where, _from_messages(entry)) for where, entry in rows or ()),
+            ((where, from_messages(entry)) for where, entry in rows or ()),
             prefix=f"{name}-{split}",
             on_bad_instance=on_bad_instance,
             problems=problems,

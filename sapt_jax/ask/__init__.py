@@ -1,0 +1,1 @@
+"""Asking a run that has learned: `sapt_jax.load(workdir)` gives a model that answers, and learns more."""
