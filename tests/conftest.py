@@ -2,6 +2,9 @@
 
 import os
 import re
+import shutil
+
+import pytest
 
 from tests.helpers.paths import REPOSITORY
 
@@ -19,3 +22,18 @@ def pytest_ignore_collect(collection_path, config):
     if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
         return bool(re.search(r"^pytestmark = pytest\.mark\.slow$", collection_path.read_text(), re.MULTILINE)) or None
     return None
+
+
+@pytest.fixture(scope="session")
+def asked_run(tmp_path_factory):
+    """The workdir of a finished run of three tasks, whose model says something different to each input; read only."""
+    # Imported on use: a LLaMA of transformers is its base.
+    from tests.helpers.asked_runs import finish_run
+
+    return finish_run(tmp_path_factory.mktemp("asked"))
+
+
+@pytest.fixture
+def asked_copy(asked_run, tmp_path):
+    """A copy of it to write into."""
+    return shutil.copytree(asked_run, tmp_path / "run")

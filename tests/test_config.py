@@ -61,6 +61,7 @@ FREE = {
     "model.attention", "train.log_every_steps", "train.checkpoint_every_steps", "train.profile_steps",
     "eval.batch_size", "eval.unseen_tasks", "eval.single_task_runs", "eval.routing", "eval.joint_run", "eval.general",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules",
+    "own_dir",
 }  # fmt: skip
 # Adding a method touches no list here: what a range or a choice means is the same for its settings as for these.
 OF_METHODS = tuple(f"{name}." for name in METHODS if name != "sapt")

@@ -43,9 +43,10 @@ def load(workdir: str | Path, base: str = "", mesh: Mapping[str, int] | None = N
       ValueError: the base is another model, a file of the workdir is broken, or the mesh does not fit the devices.
 
     Example:
-      >>> model = sapt_jax.load("runs/demo/sapt")
+      >>> import sapt_jax
+      >>> model = sapt_jax.load("runs/mine")
       >>> model.tasks
-      ('tweet_sentiment', 'number_spanish', 'city_country', 'tech_support', 'news_tone', 'number_french')
+      ('shout', 'mirror', 'first')
     """
     workdir = as_path(workdir)
     learned = read_run(workdir, base)
@@ -126,16 +127,17 @@ class Model:
           ValueError: naming the argument, or the input by its number, and what to do.
 
         Example:
-          >>> answer, = model.generate(["what a lovely day"], task="tweet_sentiment")
-          >>> answer.text, answer.attention["tweet_sentiment"]
-          ('positive', 0.99...)
+          >>> answers = model.generate(["abc", "bcd"], task="shout", max_new_tokens=8)
+          >>> [answer.new_tokens <= 8 for answer in answers]
+          [True, True]
+          >>> list(answers[0].attention)
+          ['shout', 'mirror', 'first']
         """
         try:
             how = self.search(**search)
         except TypeError as error:
             raise ValueError(f"{error}: there are max_new_tokens, beams, temperature, top_p and seed") from None
-        questions = [(Question(asked, task, definition), how, number) for number, asked in enumerate(_listed(texts))]
-        return self.answer([self.row(*asked) for asked in questions])
+        return self.answer(self._rows(texts, task, definition, how))
 
     def attention(self, texts: Sequence[Asked], task: str | None = None, definition: str | None = None) -> np.ndarray:
         """The weights [n, T] that the blocks of the tasks are mixed with for n inputs; arguments as of `generate`.
@@ -146,13 +148,14 @@ class Model:
           ValueError: as `generate`; or the run's method has no block for each task.
 
         Example:
-          >>> model.attention(["what a lovely day", "41"], task="tweet_sentiment").shape
-          (2, 6)
+          >>> weights = model.attention(["abc", "bcd"], task="shout")
+          >>> weights.shape, weights.sum(axis=1).round(3).tolist()
+          ((2, 3), [1.0, 1.0])
         """
         if not self._attends:
             name = self._learned.config.method
             raise ValueError(f"config.method={name!r} has no block for each task, whose weights could be told")
-        rows = [self.row(Question(asked, task, definition), self.search(), 0)[0] for asked in _listed(texts)]
+        rows = [row for row, _ in self._rows(texts, task, definition, self.search())]
         columns = [self._learned.tasks.index(name) for name in self.tasks]
         weights = self._backbone.weights(self._placed, rows) if rows else np.zeros((0, len(self._learned.tasks)))
         return weights[:, columns]
@@ -164,8 +167,8 @@ class Model:
           ValueError: it has not learned one of them, they share a block with others, or no task would be left.
 
         Example:
-          >>> model.without("tweet_sentiment").tasks
-          ('number_spanish', 'city_country', 'tech_support', 'news_tone', 'number_french')
+          >>> model.without("mirror").tasks
+          ('shout', 'first')
         """
         for name in tasks:
             self._check_learned(name)
@@ -203,9 +206,10 @@ class Model:
           ValueError: naming the row or argument at fault, or the run has tasks left to learn; nothing is changed then.
 
         Example:
-          >>> scores = model.learn("capitals", train=[{"input": "France", "output": "Paris"}, ...])
-          >>> scores["matrix"][-1][-1]
-          100.0
+          >>> rows = [{"input": text, "output": text[-1]} for text in ("abc", "bcd", "cda", "dab", "acb", "bdc")]
+          >>> scores = model.learn("last", train=rows, definition="Say the last letter.")  # doctest: +SKIP
+          >>> len(scores["matrix"])  # doctest: +SKIP
+          4
         """
         if self._withdrawn:
             raise ValueError("a model without some of its tasks cannot learn: call learn of the whole one")
@@ -217,10 +221,14 @@ class Model:
         return scores
 
     def refresh(self) -> bool:
-        """Takes in the tasks that were finished in the workdir since; returns whether there were any.
+        """Takes in the tasks that a running training has finished since; returns whether there were any.
 
         Raises:
           ValueError or FileNotFoundError: the workdir was damaged or has gone; the model stays as it was.
+
+        Example:
+          >>> model.refresh()
+          False
         """
         folders = checkpoints.committed_folders(self._workdir)
         if tuple(folder.name.split("-", 1)[1] for folder in folders) == self._learned.tasks:
@@ -240,7 +248,7 @@ class Model:
           ValueError or FileExistsError: see `export.to_torch.write_model`.
 
         Example:
-          >>> model.to_torch("exported")
+          >>> model.to_torch("exported")  # doctest: +SKIP
         """
         write_model(self._learned, include_base, Path(path))
 
@@ -254,7 +262,11 @@ class Model:
         """
         options = self._learned.config.eval
         beams = 1 if search.get("temperature") else options.beams
-        return Search(**{"max_new_tokens": options.max_new_tokens, "beams": beams} | search)
+        wanted = Search(**{"max_new_tokens": options.max_new_tokens, "beams": beams} | search)
+        # The first step of a beam search has twice as many candidates of one beam.
+        if (most := self._learned.shape.vocab_size // 2) < wanted.beams:
+            raise ValueError(f"beams must be at most {most}, half of the model's vocabulary, not {wanted.beams}")
+        return wanted
 
     def row(self, question: Question, search: Search, number: int) -> tuple[Row, Encoded]:
         """What `answer` takes: a question in token ids.
@@ -282,6 +294,19 @@ class Model:
         found = self._backbone.answer(self._placed, [row for row, _ in rows])
         return [self._answer(row, encoded, *result) for (row, encoded), result in zip(rows, found, strict=True)]
 
+    def _rows(
+        self, texts: Sequence[Asked], task: str | None, definition: str | None, search: Search
+    ) -> list[tuple[Row, Encoded]]:
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise ValueError(f"texts must be a list of inputs, not {type(texts).__name__}: write [text] for one")
+        rows = []
+        for number, asked in enumerate(texts):
+            try:
+                rows.append(self.row(Question(asked, task, definition), search, number))
+            except ValueError as error:
+                raise ValueError(f"input {number}: {error}") from None
+        return rows
+
     def _answer(self, row: Row, encoded: Encoded, tokens: np.ndarray, weights: np.ndarray) -> Answer:
         text, length, finished = read_answer(tokens, row.search.max_new_tokens, self._backbone.tokenizer)
         attention = {}
@@ -295,12 +320,6 @@ class Model:
             raise ValueError(
                 f"the run has not learned task {name!r}, or it is withdrawn: it has {', '.join(self.tasks)}"
             )
-
-
-def _listed(texts: Any) -> Sequence[Asked]:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise ValueError(f"texts must be a list of inputs, not {type(texts).__name__}: write [text] for one")
-    return texts
 
 
 def _place(learned: Learned, backbone: Backbone) -> Placed:

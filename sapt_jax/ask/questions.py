@@ -64,7 +64,7 @@ class Form:
         turns = () if isinstance(asked, str) else _turns(asked)
         text = asked if isinstance(asked, str) else written_out(turns)
         if not text.strip():
-            raise ValueError("an input is empty")
+            raise ValueError("the input is empty")
         # A lone surrogate, which JSON can spell, is no text.
         if not text.isascii():
             _check_unicode(text)
@@ -95,12 +95,17 @@ def default_template(config: ConfigDict) -> str:
 
 def _turns(asked: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(asked, list | tuple) or not asked:
-        raise ValueError(f"an input must be a text or a list of chat messages, not {asked!r:.60}")
-    return read_turns(asked)
+        raise ValueError(f"the input must be a text or a list of chat messages, not {asked!r:.60}")
+    try:
+        return read_turns(asked)
+    except ValueError:
+        raise ValueError(
+            'the messages of a chat must be {"role": ..., "content": a text or a list of {"type": "text", "text": ...}}'
+        ) from None
 
 
 def _check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"an input is not Unicode text: character {error.start} is half of a pair") from None
+        raise ValueError(f"the input is not Unicode text: character {error.start} is half of a pair") from None

@@ -10,7 +10,7 @@ import torch
 
 from sapt_jax.decoding.answers import Ends, Sampling, Search, make_generate, make_sample
 from sapt_jax.decoding.greedy import extend_until_end, most_likely
-from sapt_jax.decoding.sampling import draw
+from sapt_jax.decoding.sampling import draw, draw_apart
 from sapt_jax.models.llama import Llama
 from sapt_jax.models.shapes import LLAMA_VARIANTS
 from sapt_jax.programs import make_apply
@@ -150,6 +150,17 @@ def test_draws_follow_the_distribution_of_transformers(settings):
     found = frequencies(5, logits, **settings)
     assert ((found > 0) == (expected > 0)).all()
     assert (np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / 4000)).all()
+
+
+def test_rows_are_drawn_apart_with_temperatures_and_nuclei_of_their_own():
+    """Each row as if it were drawn alone, and as `draw` with its own settings would."""
+    rng = np.random.default_rng(8)
+    logits = jnp.asarray(rng.normal(0, 1.5, (5, 9)), jnp.float32)
+    keys, hot = jax.random.split(jax.random.key(9), 5), jnp.asarray(rng.uniform(0.3, 2, 5), jnp.float32)
+    nuclei = jnp.asarray(rng.uniform(0.4, 1, 5), jnp.float32)
+    together = draw_apart(keys, logits, hot, nuclei)
+    for row in range(5):
+        assert together[row] == draw(keys[row], logits[row : row + 1], hot[row], 0, nuclei[row])[0]
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ FAMILIES = {
     "llama": lambda seed: llama_reference.make_reference("multi-head, untied", seed),
     "llama grouped": lambda seed: llama_reference.make_reference("grouped, tied", seed),
     "llama of bytes": lambda seed: make_byte_llama(seed),
+    "t5 of bytes": lambda seed: make_t5("v1.1", seed, vocab_size=384),
 }
 
 
