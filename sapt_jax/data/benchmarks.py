@@ -84,7 +84,7 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {
     "superni": Benchmark("SuperNI", TASK_ORDERS["superni_1572"], "cl_benchmark", "rouge_l", "superni"),
     "long_sequence": Benchmark(
-        "Long_Sequence", TASK_ORDERS["long_mnli"], "cl_benchmark", "exact_match", "long_sequence"
+        "Long_Sequence", TASK_ORDERS["long_mnli"], "cl_benchmark", "exact_match_of_words", "long_sequence"
     ),
     "own": Benchmark("", (), "own", "", "plain"),
     "demo": Benchmark("", (), "demo", "", ""),

@@ -19,50 +19,57 @@ intransigence (Chaudhry et al., ECCV 2018), whose reference for task i is traine
 far after each task.
 """
 
-import functools
 import math
 import random
-import string
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sapt_jax.data.task import Instance
-
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
+from sapt_jax.results.words import Words, plain_form, word_form
 
 REFERENCE_CHOICES = ("best", "first", "random")
 
-_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalise_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, white space squeezed; articles stay ("a cat" is not "cat")."""
-    return " ".join(text.lower().translate(_DROP_PUNCTUATION).split())
-
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the normalised prediction equals any normalised reference, else 0.0."""
-    answer = normalise_answer(prediction)
-    return float(any(answer == normalise_answer(reference) for reference in references))
+    """1.0 if the prediction equals any reference up to case, spaces, quotes and a full stop at the end, else 0.0."""
+    return float(plain_form(prediction) in map(plain_form, references))
 
 
-@functools.cache
-def _rouge_scorer() -> "RougeScorer":
-    # Imported on use: it brings NLTK and SciPy's statistics, which take seconds.
-    from rouge_score import rouge_scorer
-
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+def exact_match_of_words(prediction: str, references: Sequence[str]) -> float:
+    """As `exact_match`, with all ASCII punctuation left out: the rule of the published Long Sequence scores."""
+    return float(word_form(prediction) in map(word_form, references))
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """The best ROUGE-L F-measure over the references, 0 to 1, Porter-stemmed (package rouge-score)."""
-    return max(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
+    """The best ROUGE-L F-measure over the references, 0 to 1, Porter-stemmed, over `Words` (package rouge-score)."""
+    # Imported on use: it brings NLTK and SciPy's statistics, which take seconds.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorers = {reference: RougeScorer(["rougeL"], tokenizer=Words(reference, prediction)) for reference in references}
+    return max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference, scorer in scorers.items())
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact_match": exact_match, "rouge_l": rouge_l}
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "exact_match_of_words": exact_match_of_words,
+    "rouge_l": rouge_l,
+}
+# What each takes an answer for: answers that are equal in it score alike.
+_FORMS: dict[str, Callable[[str], Any]] = {
+    "exact_match": plain_form,
+    "exact_match_of_words": word_form,
+    "rouge_l": lambda text: Words(text, text).tokenize(text),
+}
+
+
+def counted_as_one(answers: Iterable[str], metric: str) -> list[tuple[str, ...]]:
+    """The groups of different answers that score as if they were the same one."""
+    groups: dict[str, list[str]] = {}
+    for answer in dict.fromkeys(answers):
+        groups.setdefault(str(_FORMS[metric](answer)), []).append(answer)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 def choose_references(instance: Instance, *, references: str, seed: int) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from sapt_jax.results.labels import short
 
-METRIC_NAMES = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
+METRIC_NAMES = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "exact_match_of_words": "exact match of words"}
 SUMMARY_MEANINGS = {
     "AP": "mean score at the end, ↑ is better",
     "F.Ra": "lost from each task's best, ↓ is better",

@@ -20,13 +20,41 @@ def _random_matrix(rng, num_tasks):
     [
         ("The  Cat.", "the cat", 1.0),
         ("a cat", "cat", 0.0),
-        ("\tnew-york\n", "NewYork", 1.0),
-        ("", "...", 1.0),
+        ("\tnew-york\n", "NewYork", 0.0),
+        ("", "...", 0.0),
+        ("...", "...", 1.0),
         ("café", "cafe", 0.0),
+        ("cafe\u0301", "café", 1.0),
+        ("5", "-5", 0.0),
+        ("15", "1.5", 0.0),
+        ("5", ".5", 0.0),
+        ("1.5.", "1.5", 1.0),
+        ("3/4", "34", 0.0),
+        ("+", "-", 0.0),
+        ("", "+", 0.0),
+        ("+", "+", 1.0),
+        ("C", "C++", 0.0),
+        ("“Positive”。", "positive", 1.0),
+        ("'yes'", "Yes", 1.0),
     ],
 )
-def test_exact_match_normalises_case_punctuation_and_white_space_only(prediction, reference, equal):
+def test_exact_match_leaves_out_case_white_space_and_marks_around_alone(prediction, reference, equal):
     assert metrics.exact_match(prediction, [reference]) == equal
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, equal",
+    [("The  Cat.", "the cat", 1.0), ("\tnew-york\n", "NewYork", 1.0), ("", "...", 1.0), ("5", "-5", 1.0)],
+)
+def test_exact_match_of_words_leaves_out_all_punctuation(prediction, reference, equal):
+    assert metrics.exact_match_of_words(prediction, [reference]) == equal
+
+
+def test_answers_that_a_metric_cannot_tell_apart():
+    answers = ("5", "-5", "1.5", "15", "Yes", "yes.", "-5")
+    assert metrics.counted_as_one(answers, "exact_match") == [("Yes", "yes.")]
+    assert metrics.counted_as_one(answers, "exact_match_of_words") == [("5", "-5"), ("1.5", "15"), ("Yes", "yes.")]
+    assert metrics.counted_as_one(("C", "C++", "我", "你", "+", "-"), "rouge_l") == [("C", "C++")]
 
 
 def test_rouge_l_of_equal_and_empty_answers():
