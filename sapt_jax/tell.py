@@ -15,6 +15,7 @@ from sapt_jax.models.families import parameters
 from sapt_jax.pseudo_samples.pools import Pools, rows_kept
 from sapt_jax.pseudo_samples.writer import WRITER
 from sapt_jax.results import metrics, scores, terminal
+from sapt_jax.results.cautions import cautions
 from sapt_jax.results.labels import count_kept, short
 from sapt_jax.results.references import References
 from sapt_jax.run import Run
@@ -71,6 +72,9 @@ class Tale:
             f"{stream.padding(config.train.batch_size):.1%} padding, {sum(n for n, _ in cut.values())} prompts and "
             f"{sum(n for _, n in cut.values())} answers cut"
         )
+        for task in stream.tasks + stream.unseen:
+            for line in cautions(task, self.run.tokenizer):
+                self.run.console.print(f"warning: {line}", style="yellow")
 
     def after_task(self, task_index: int, tests: Tests, pools: Pools, frozen: Frozen) -> dict[str, Any]:
         """Takes the tests after a task, and tells them.

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from sapt_jax import continual, state
 from sapt_jax.data.benchmarks import resolve_task_order
-from sapt_jax.data.sources.own_tasks import from_messages
+from sapt_jax.data.sources.own_tasks import as_pair
 from sapt_jax.data.task import read_instances
 from sapt_jax.export.learned import Learned
 from sapt_jax.storage import checkpoints
@@ -67,7 +67,7 @@ def _files(name: str, definition: str, rows: Mapping[str, Rows]) -> dict[str, st
         if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
             raise ValueError(f'{split} must be a list of rows {{"input": ..., "output": ...}}, and not empty')
         # Checked as a run checks them, before anything is written.
-        numbered = ((f"{split} row {n}", from_messages(row)) for n, row in enumerate(given))
+        numbered = ((f"{split} row {n}", as_pair(row)) for n, row in enumerate(given))
         read_instances(numbered, prefix=split, on_bad_instance="error", problems=[])
     if "test" not in rows:
         rows = _set_aside(rows["train"])

@@ -74,7 +74,7 @@ def encode_split(
     """Tokenises instances in order; row i of the result is `instances[i]`.
 
     A chat is written in the tokenizer's own template where it has one, any other input in `template`. Errors name the
-    instance's id.
+    instance's file and row.
     """
     sources, targets = [], []
     cut_sources = cut_targets = 0
@@ -89,7 +89,7 @@ def encode_split(
             target, cut = encode_answer(answer, tokenizer, rules)
             cut_targets += cut
         except ValueError as error:
-            raise ValueError(f"instance {instance.id}: {error}") from error
+            raise ValueError(f"{instance.place}: {error}") from error
         sources.append(source)
         targets.append(target)
     return EncodedSplit(Ragged.from_rows(sources), Ragged.from_rows(targets), cut_sources, cut_targets)

@@ -1,6 +1,7 @@
 """Tokenizers from where the model lies: SentencePiece, tokenizer.json, or the vocabulary in a GGUF file."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ class Tokenizer:
       eos_id: what ends an answer.
       bos_id: what begins a text, or None.
       add_bos: whether the model was trained with bos_id before each text.
+      unk_id: what stands for text that the vocabulary cannot spell, or None.
       backend: the library that does the work.
     """
 
@@ -54,6 +56,7 @@ class Tokenizer:
     eos_id: int
     bos_id: int | None
     add_bos: bool
+    unk_id: int | None
     backend: Backend
 
     @property
@@ -161,7 +164,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
       ValueError: a file is broken, no end token is known, or a GGUF's pre-tokenizer is not known here.
     """
     if path == "bytes":
-        return Tokenizer(256 + ByteBackend.offset, 0, 1, None, False, ByteBackend())
+        return Tokenizer(256 + ByteBackend.offset, 0, 1, None, False, 2, ByteBackend())
     location = resolve_path(path)
     if location.suffix == ".gguf":
         return _from_gguf(location)
@@ -190,7 +193,7 @@ def _from_sentencepiece(file: Path) -> Tokenizer:
     # T5 has no bos at all; LLaMA's tokenizer.model has one, and the model wants it.
     add_bos = settings.get("add_bos_token", bos is not None)
     pad, eos = (settings.special(name, own[name]) for name in ("pad", "eos"))
-    return _tokenizer(file, len(model), _Special(pad, eos, bos, add_bos), SentencePieceBackend(model))
+    return _tokenizer(file, len(model), _Special(pad, eos, bos, add_bos, model.unk_id()), SentencePieceBackend(model))
 
 
 def _fast_tokenizer() -> "type[PreTrainedTokenizerFast]":
@@ -216,7 +219,14 @@ def _from_json(file: Path) -> Tokenizer:
     )
     add_bos = settings.get("add_bos_token", bos in model("a")["input_ids"])
     size = max(vocabulary.values()) + 1
-    return _tokenizer(file, size, _Special(pad, eos, bos, add_bos), TransformersBackend(model))
+    return _tokenizer(file, size, _Special(pad, eos, bos, add_bos, _unknown(stored)), TransformersBackend(model))
+
+
+def _unknown(model: tokenizers.Tokenizer) -> int | None:
+    """The id of the unknown token of a vocabulary; a unigram model keeps the id alone."""
+    stored = json.loads(model.to_str())["model"]
+    token = stored.get("unk_token")
+    return stored.get("unk_id") if token is None else model.token_to_id(token)
 
 
 def _names(model: tokenizers.Tokenizer, **ids: int | None) -> dict[str, str | None]:
@@ -237,7 +247,8 @@ def _from_gguf(file: Path) -> Tokenizer:
         )
     else:
         backend = SentencePieceBackend(vocabulary.model)
-    special = _Special(vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.add_bos)
+    unknown = None if isinstance(vocabulary.model, tokenizers.Tokenizer) else vocabulary.model.unk_id()
+    special = _Special(vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.add_bos, unknown)
     return _tokenizer(file, vocabulary.size, special, backend)
 
 
@@ -249,6 +260,7 @@ class _Special:
     eos: int | None
     bos: int | None
     add_bos: bool
+    unk: int | None
 
 
 def _tokenizer(file: Path, size: int, special: _Special, backend: Backend) -> Tokenizer:
@@ -265,7 +277,7 @@ def _tokenizer(file: Path, size: int, special: _Special, backend: Backend) -> To
             raise ValueError(f"{file}: the {name} id {token} is outside the vocabulary of {size}")
     if special.add_bos and bos is None:
         raise ValueError(f"{file}: add_bos_token is set, but no bos token is known: name it in bos_token")
-    return Tokenizer(size, pad, eos, bos, bool(special.add_bos), backend)
+    return Tokenizer(size, pad, eos, bos, bool(special.add_bos), special.unk, backend)
 
 
 class _Settings:

@@ -35,7 +35,8 @@ _LEAST_NAME_WIDTH = 18
 def make_console(file: TextIO | None = None) -> Console:
     """A console on `file` (stdout by default), wide enough for 15 tasks where the output is no terminal."""
     file = file or sys.stdout
-    return Console(file=file, highlight=False, width=None if file.isatty() else 140)
+    # Names and texts are printed as they are: what rich would take for its markup is a part of them.
+    return Console(file=file, highlight=False, markup=False, emoji=False, width=None if file.isatty() else 140)
 
 
 class TrainingProgress:
@@ -68,10 +69,10 @@ class TrainingProgress:
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
             )
             self._bar = Progress(*columns, console=console, refresh_per_second=4)
             self._row = self._bar.add_task(description, total=total_steps, completed=first_step, figures="")

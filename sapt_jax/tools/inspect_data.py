@@ -26,6 +26,7 @@ from sapt_jax.config import check_config
 from sapt_jax.data.batching import Prefetch, Share, Steps, eval_batches, steps_per_epoch, train_batches
 from sapt_jax.data.stream import EncodedTask, Stream
 from sapt_jax.pretrained.tokenizer import Tokenizer
+from sapt_jax.results.cautions import cautions
 from sapt_jax.results.terminal import make_console
 from sapt_jax.run import read_inputs
 
@@ -157,15 +158,17 @@ def _print_example(console: Console, task: EncodedTask, report: TaskReport, toke
     console.rule(task.name, align="left")
     shown = report.answers[:8] if len(report.answers) <= 30 or report.answers[0][1] > 1 else ()
     answers = ", ".join(f"{answer!r} {count}" for answer, count in shown)
-    console.print(f"{len(report.answers)} different answers{': ' + answers if answers else ''}", markup=False)
+    console.print(f"{len(report.answers)} different answers{': ' + answers if answers else ''}")
     unlisted = sorted({answer for answer, _ in report.answers} - set(task.task.labels))
     if task.task.labels and unlisted:
-        console.print(f"answers that labels.json does not list: {', '.join(unlisted)}", markup=False)
+        console.print(f"answers that labels.json does not list: {', '.join(unlisted)}")
     for problem in report.problems[:3]:
-        console.print(f"faulty: {problem}", markup=False)
+        console.print(f"faulty: {problem}")
+    for line in cautions(task, tokenizer):
+        console.print(f"warning: {line}", style="yellow")
     # The ids that the model gets, as text again, so that a cut shows.
-    console.print(tokenizer.decode(task.train.sources[0]), markup=False, style="dim", end="")
-    console.print(f"[answer] {tokenizer.decode(task.train.targets[0])}", markup=False)
+    console.print(tokenizer.decode(task.train.sources[0]), style="dim", end="")
+    console.print(f"[answer] {tokenizer.decode(task.train.targets[0])}")
 
 
 def inspect(config: Any, console: Console) -> tuple[list[TaskReport], PassReport]:

@@ -53,7 +53,7 @@ def test_output_may_be_a_string_or_a_list(tmp_path):
     loaded = load(tmp_path, "mnli", benchmark="long_sequence")
     assert [i.outputs for i in loaded.test] == [("yes",), ("yes", "no")]
     assert [i.id for i in loaded.test] == ["mnli-test-0", "my-id"]
-    assert (loaded.definition, loaded.labels, loaded.metric) == ("", ("yes", "no"), "exact_match")
+    assert (loaded.definition, loaded.labels, loaded.metric) == ("", ("yes", "no"), "exact_match_of_words")
 
 
 def test_the_environment_names_the_data_folder(tmp_path, monkeypatch):

@@ -10,7 +10,16 @@ from sapt_jax.results.metrics import rouge_l
 # Chinese, Hindi, Russian, Thai, Japanese, Korean, Hebrew, Arabic, Persian with a joiner, Greek, French, Vietnamese,
 # digits of other scripts, pictures and symbols.
 TEXTS = (
-    *("我爱北京", "दिल्ली भारत की राजधानी है", "мама мыла раму", "สวัสดีครับ", "サーバー", "한국어 좋아", "מה שלומך", "كتاب"),
+    *(
+        "我爱北京",
+        "दिल्ली भारत की राजधानी है",
+        "мама мыла раму",
+        "สวัสดีครับ",
+        "サーバー",
+        "한국어 좋아",
+        "מה שלומך",
+        "كتاب",
+    ),
     *("کتاب\u200cها", "Ελλάδα", "été", "được", "१२३", "٣", "👍", "❤️", "🤷\u200d♂️", "+", "-", "½", "∑", "...", "à", "é"),
 )
 

@@ -1,5 +1,6 @@
 """The look at the data: its figures are those of the data it was given."""
 
+import dataclasses
 import io
 import json
 import os
@@ -9,9 +10,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from sapt_jax.config import default_config
+from sapt_jax.results.terminal import make_console
 from sapt_jax.tools.inspect_data import inspect
 from tests.helpers.data_fakes import random_task
 from tests.helpers.paths import REPOSITORY
@@ -42,7 +43,7 @@ def test_figures_are_those_of_the_data(tmp_path):
     with (tmp_path / "one" / "test.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"input": tasks[0].train[3].input, "output": "x"}))
     out = io.StringIO()
-    reports, whole = inspect(config_for(tmp_path, ["one", "two"]), Console(file=out, width=140))
+    reports, whole = inspect(config_for(tmp_path, ["one", "two"]), make_console(out))
     assert [report.rows for report in reports] == [(23, 5, 10), (23, 5, 9)]
     seen = {instance.input for instance in tasks[0].train}
     assert reports[0].test_in_train == 1 + sum(instance.input in seen for instance in tasks[0].test)
@@ -60,6 +61,17 @@ def test_figures_are_those_of_the_data(tmp_path):
         assert text in out.getvalue()
 
 
+def test_names_and_texts_are_printed_as_they_are(tmp_path):
+    task = random_task(np.random.default_rng(63), "[b] :smile:", sizes=(6, 2, 2))
+    write_task(
+        tmp_path,
+        dataclasses.replace(task, train=tuple(dataclasses.replace(i, outputs=("[red]x[/b]",)) for i in task.train)),
+    )
+    out = io.StringIO()
+    inspect(config_for(tmp_path, [task.name]), make_console(out))
+    assert task.name in out.getvalue() and "'[red]x[/b]' 6" in out.getvalue()
+
+
 def test_padding_counts_the_positions_of_a_soft_prompt(tmp_path):
     task = random_task(np.random.default_rng(62), "one", sizes=(23, 5, 9))
     write_task(tmp_path, task)
@@ -68,7 +80,7 @@ def test_padding_counts_the_positions_of_a_soft_prompt(tmp_path):
     shares = {}
     for kind in ("lora", "prompt"):
         config.pet.kind, config.pet.prompt_length, config.data.source_multiple = kind, 16, 8
-        (report,), _ = inspect(config, Console(file=io.StringIO(), width=140))
+        (report,), _ = inspect(config, make_console(io.StringIO()))
         shares[kind] = report.train_tokens, report.train_positions
     (tokens, positions), (prompt_tokens, prompt_positions) = shares.values()
     # 23 rows in 6 batches of 4: the last row stands in for the one that is missing.
@@ -78,7 +90,7 @@ def test_padding_counts_the_positions_of_a_soft_prompt(tmp_path):
 
 def test_errors_are_the_runs_own(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'three'"):
-        inspect(config_for(tmp_path, ["three"]), Console(file=io.StringIO()))
+        inspect(config_for(tmp_path, ["three"]), make_console(io.StringIO()))
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@ A split is one of
   - `{split}.jsonl`: one object on each line;
   - `{split}.csv`: with a header line;
   - `{split}.parquet`, `{split}-*.parquet` or `data/{split}-*.parquet`, as on the Hugging Face hub;
-  - a folder `{split}` with `*.arrow` files, as `datasets.DatasetDict.save_to_disk` leaves it.
-A row has "input" and "output" (a string, or a list of references; optional "id"), or "messages", a chat of
+  - a folder `{split}`, as `datasets.DatasetDict.save_to_disk` leaves it.
+A row has "input" and "output" (a string, or a list of references; optional "id"). An "instruction" of its own stands
+before the input, and alone where the input is empty or absent. Or it has "messages", a chat of
 {"role", "content"} whose last turn, the assistant's, is the output. A content is a string or a list of text parts. The
 turns before are written as the tokenizer's chat template has it, where it has one (an instruction then begins the first
 turn of the user). Else one turn of the user is taken as it is, and several become lines "role: content".
@@ -15,14 +16,14 @@ Optional beside the splits: `definition.txt`, the instruction put before every i
 """
 
 import csv
-import importlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapt_jax.data.sources.task_files import nearest_name
-from sapt_jax.data.task import Task, parse_json, read_instances, read_json, read_text
+from sapt_jax.data.sources.table_files import parquet_files, saved_files, table_rows
+from sapt_jax.data.sources.task_files import folders_in, nearest_name
+from sapt_jax.data.task import Task, check_labels, check_text, parse_json, read_instances, read_json, read_text
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -43,10 +44,15 @@ def _jsonl_rows(file: Path) -> Rows:
 
 
 def _csv_rows(file: Path) -> Rows:
-    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
+    text = read_text(file)
+    # A cell may be as long as the file.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     columns = reader.fieldnames or ()
-    if not {"input", "output"} <= set(columns):
+    if "output" not in columns or not {"input", "instruction"} & set(columns):
         raise ValueError(f"{file}: its first line must name the columns input and output, not {list(columns)}.")
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"{file}: its first line names the column {twice[0]!r} twice. Mend the file.")
     while True:
         try:
             row = next(reader, None)
@@ -59,46 +65,14 @@ def _csv_rows(file: Path) -> Rows:
         yield where, ValueError(f"{where} has not {len(columns)} columns as the first line") if ragged else row
 
 
-def _arrow_module(name: str, file: Path) -> Any:
-    # Imported on use: nothing else needs it.
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"{file}: reading it needs pyarrow. Install it with: pip install pyarrow") from error
-
-
-def _read_table(file: Path) -> list[dict]:
-    if file.suffix == ".parquet":
-        return _arrow_module("pyarrow.parquet", file).read_table(file).to_pylist()
-    # `save_to_disk` writes the stream format.
-    with file.open("rb") as source:
-        return _arrow_module("pyarrow.ipc", file).open_stream(source).read_all().to_pylist()
-
-
-def _table_rows(files: Sequence[Path]) -> Rows:
-    for file in files:
-        arrow = _arrow_module("pyarrow", file)
-        try:
-            rows = _read_table(file)
-        except (arrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: cannot be read: {error}. Write the file anew.") from error
-        for number, row in enumerate(rows):
-            # Columns that a row has no value for are absent from it, as in JSON.
-            yield f"{file}: row {number}", {name: value for name, value in row.items() if value is not None}
-
-
 def _split_rows(folder: Path, split: str) -> Rows | None:
     """The rows of a split in whichever form it is there, or None. Two forms of one split are an error."""
-    parquet = [
-        file for pattern in (f"{split}.parquet", f"{split}-*.parquet", f"data/{split}-*.parquet")
-        for file in sorted(folder.glob(pattern))
-    ]  # fmt: skip
-    arrow = sorted((folder / split).glob("*.arrow"))
+    parquet, arrow = parquet_files(folder, split), saved_files(folder, split)
     found = {
         f"{split}.jsonl": (folder / f"{split}.jsonl").is_file() and _jsonl_rows(folder / f"{split}.jsonl"),
         f"{split}.csv": (folder / f"{split}.csv").is_file() and _csv_rows(folder / f"{split}.csv"),
-        "parquet files": parquet and _table_rows(parquet),
-        f"the folder {split}": arrow and _table_rows(arrow),
+        "parquet files": parquet and table_rows(parquet),
+        f"the folder {split}": arrow and table_rows(arrow),
     }
     found = {form: rows for form, rows in found.items() if rows}
     if len(found) > 1:
@@ -108,6 +82,8 @@ def _split_rows(folder: Path, split: str) -> Rows | None:
 
 def _content(turn: Any) -> str:
     """The text of a turn; raises ValueError where it has none."""
+    if isinstance(turn, ValueError):
+        raise turn
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise ValueError(_CHAT_FORM)
     if turn.get("tool_calls"):
@@ -137,10 +113,27 @@ def written_out(turns: Sequence[tuple[str, str]]) -> str:
     return turns[0][1] if len(turns) == 1 else "\n".join(f"{role}: {content}" for role, content in turns)
 
 
-def from_messages(entry: Any) -> Any:
-    """Turns a chat into input and output: the last turn is the output, those before it are the input."""
-    if not isinstance(entry, dict) or "messages" not in entry:
+def as_pair(entry: Any) -> Any:
+    """Brings a row with an instruction of its own, or with a chat, into the form of input and output."""
+    if not isinstance(entry, dict):
         return entry
+    if "messages" in entry:
+        return _from_messages(entry)
+    instruction = entry.get("instruction")
+    if instruction is None:
+        return entry
+    if not isinstance(instruction, str):
+        return ValueError(f'"instruction" must be a string, not {instruction!r:.60}')
+    text = entry.get("input") or ""
+    if not isinstance(text, str):
+        return entry
+    return {**entry, "input": "\n\n".join(part for part in (instruction, text) if part.strip())}
+
+
+def _from_messages(entry: dict[str, Any]) -> Any:
+    """Turns a chat into input and output: the last turn is the output, those before it are the input."""
+    if entry.get("instruction"):
+        return ValueError('has "messages" and "instruction": write the instruction into a turn of the chat')
     messages = entry["messages"]
     if not isinstance(messages, list) or len(messages) < 2:
         return ValueError(_CHAT_FORM)
@@ -161,7 +154,7 @@ def read_own_task(name: str, *, root: Path, on_bad_instance: str) -> Task:
     """
     folder = root / name
     if not folder.is_dir():
-        present = [path.name for path in root.iterdir() if path.is_dir()]
+        present = folders_in(root)
         raise ValueError(f"unknown task {name!r}: {root} has no such folder. {nearest_name(name, present)}")
     problems: list[str] = []
     instances = {}
@@ -173,7 +166,7 @@ def read_own_task(name: str, *, root: Path, on_bad_instance: str) -> Task:
                 f'{{"input": ..., "output": ...}} a line (or {split}.csv, or {split}.parquet).'
             )
         instances[split] = read_instances(
-            ((where, from_messages(entry)) for where, entry in rows or ()),
+            ((where, as_pair(entry)) for where, entry in rows or ()),
             prefix=f"{name}-{split}",
             on_bad_instance=on_bad_instance,
             problems=problems,
@@ -184,14 +177,14 @@ def read_own_task(name: str, *, root: Path, on_bad_instance: str) -> Task:
     if not known or about.get("metric", "rouge_l") not in ("rouge_l", "exact_match"):
         raise ValueError(
             f'{about_file}: it may hold "definition", "metric" ("rouge_l" or "exact_match") and "labels"; '
-            f"found {about}."
+            f"found {about!r:.200}."
         )
-    definition = read_text(definition_file) if definition_file.is_file() else about.get("definition", "")
+    definition = check_text(about.get("definition", ""), f'{about_file}: "definition"')
     return Task(
         name,
-        definition,
+        read_text(definition_file) if definition_file.is_file() else definition,
         **instances,
         metric=about.get("metric", "rouge_l"),
-        labels=tuple(about.get("labels", ())),
+        labels=check_labels(about.get("labels", []), f'{about_file}: "labels"'),
         problems=tuple(problems),
     )

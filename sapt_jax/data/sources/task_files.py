@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sapt_jax.data.task import Instance, Task, read_instances, read_json
+from sapt_jax.data.task import Instance, Task, check_labels, check_text, read_instances, read_json
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
@@ -26,6 +26,11 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     if close:
         return f"The nearest known name is {close[0]!r}."
     return f"Known names: {', '.join(known) if known else 'none'}."
+
+
+def folders_in(root: Path) -> list[str]:
+    """The names of the folders in a folder, without those that operating systems and programs hide."""
+    return [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
 def find_folder(root: Path, candidates: Sequence[str], purpose: str) -> Path:
@@ -45,9 +50,7 @@ def definition_of(data: dict, file: Path) -> str:
     definition = data.get("Definition", "")
     if isinstance(definition, list):
         definition = definition[0] if definition else ""
-    if not isinstance(definition, str):
-        raise ValueError(f'{file}: "Definition" must be a string or a list of strings, not {definition!r:.60}.')
-    return definition
+    return check_text(definition, f'{file}: "Definition"')
 
 
 def instances_of(data: Any, file: Path, **options) -> tuple[Instance, ...]:
@@ -84,7 +87,7 @@ def read_cl_benchmark(name: str, benchmark: BenchmarkFolder, *, root: Path, on_b
     candidates = [f"{benchmark.parent}/{benchmark.name}", benchmark.name, *here]
     folder = find_folder(root, candidates, f"{benchmark.name} data")
     if not (folder / name).is_dir():
-        present = [path.name for path in folder.iterdir() if path.is_dir()]
+        present = folders_in(folder)
         if name in benchmark.known:
             raise FileNotFoundError(f"{folder / name}: the folder of this task is missing. Tasks there: {present}.")
         raise ValueError(f"unknown task {name!r} in {folder}. {nearest_name(name, [*benchmark.known, *present])}")
@@ -101,7 +104,7 @@ def read_cl_benchmark(name: str, benchmark: BenchmarkFolder, *, root: Path, on_b
         )
         definition = definition or definition_of(data, file)
     labels_file = folder / name / "labels.json"
-    labels = tuple(read_json(labels_file)) if labels_file.is_file() else ()
+    labels = check_labels(read_json(labels_file), str(labels_file)) if labels_file.is_file() else ()
     return Task(
         name,
         definition,
@@ -128,7 +131,7 @@ def read_natural_instructions(name: str, *, root: Path, known: Sequence[str], on
     folder = find_folder(root, ["tasks", ""], "natural-instructions task files")
     file = folder / f"{name}.json"
     if not file.is_file():
-        present = [path.stem for path in folder.glob("*.json")]
+        present = [path.stem for path in folder.glob("[!.]*.json")]
         if name in known:
             raise FileNotFoundError(f"{file}: the file of this task is missing; {len(present)} tasks are there.")
         raise ValueError(f"unknown task {name!r} in {folder}. {nearest_name(name, [*known, *present])}")

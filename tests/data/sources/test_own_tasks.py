@@ -9,7 +9,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from sapt_jax.data.sources import own_tasks
+from sapt_jax.data.sources import table_files
 from sapt_jax.data.sources.own_tasks import read_own_task
 
 
@@ -154,6 +154,19 @@ def test_a_column_called_chat_is_none(tmp_path):
             r'a "content" must be a string',
         ),
         (b"[1]", r"is list, not an object"),
+        (b'{"input": "a", "output": "cut \\ud83d"}', r'"output" holds half a character, .ud83d, at place 4'),
+        (b'{"input": "\\ude00 cut", "output": "b"}', r'"input" holds half a character, .ude00, at place 0'),
+        (b'{"input": "a", "output": "b", "input": "c"}', r"names the key 'input' twice"),
+        (
+            b'{"messages": [{"role": "user", "content": "a", "content": "c"}, {"role": "assistant", "content": "b"}]}',
+            r"names the key 'content' twice",
+        ),
+        (b'{"input": "a", "output": ' + b"[" * 100_000 + b"}", r"nested too deeply"),
+        (b'{"input": "a", "output": ' + b"9" * 5000 + b"}", r"malformed JSON: Exceeds the limit"),
+        (b'{"input": "a", "output": 5}', r'"output" must be a string or a list of strings, not 5'),
+        (b'{"input": null, "output": "b"}', r'"input" must be a string, not None'),
+        (b'{"instruction": 7, "output": "b"}', r'"instruction" must be a string, not 7'),
+        (b'{"instruction": "a", "messages": []}', r'has "messages" and "instruction"'),
     ],
 )
 def test_a_bad_line_is_named_or_skipped(tmp_path, line, fault):
@@ -165,6 +178,92 @@ def test_a_bad_line_is_named_or_skipped(tmp_path, line, fault):
         read(tmp_path)
     task = read(tmp_path, "skip")
     assert len(task.train) == 2 and len(task.problems) == 1 and "line 3" in task.problems[0]
+
+
+def test_an_instruction_stands_before_the_input(tmp_path):
+    folder = task_folder(tmp_path)
+    rows = [
+        {"instruction": "Translate.", "input": "Haus", "output": "house"},
+        {"instruction": "Name a dog.", "input": "", "output": "Rex"},
+        {"instruction": "Name a cat.", "output": "Tom"},
+        {"instruction": "", "input": "a", "output": "b"},
+    ]
+    write_jsonl(folder, "train", rows)
+    (folder / "test.csv").write_text("instruction,output\nName a fish.,Bob\n")
+    task = read(tmp_path)
+    assert [i.input for i in task.train] == ["Translate.\n\nHaus", "Name a dog.", "Name a cat.", "a"]
+    assert [(i.input, i.outputs) for i in task.test] == [("Name a fish.", ("Bob",))]
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ('{"definition": 3}', '"definition" must be a string, not 3'),
+        ('{"definition": "\\ud83d"}', '"definition" holds half a character'),
+        ('{"labels": "yes"}', "\"labels\" must be a list of strings, not 'yes'"),
+        ('{"labels": 5}', '"labels" must be a list of strings, not 5'),
+        ('{"labels": ["yes", 0]}', '"labels": each label must be a string, not 0'),
+        ('{"metric": ["rouge_l"]}', "it may hold"),
+        ("[]", "it may hold"),
+        ('{"labels": [], "labels": []}', "names the key 'labels' twice"),
+    ],
+)
+def test_wrong_types_beside_the_splits(tmp_path, text, fault):
+    folder = task_folder(tmp_path)
+    for split in ("train", "test"):
+        write_jsonl(folder, split, random_rows(3))
+    (folder / "task.json").write_text(text)
+    with pytest.raises(ValueError, match=f"task.json.*{fault}"):
+        read(tmp_path)
+
+
+def test_a_saved_dataset_is_what_its_own_index_names(tmp_path):
+    folder, rows = task_folder(tmp_path), random_rows(9)
+    write_saved_dataset(folder, "train", rows)
+    write_saved_dataset(folder, "test", rows)
+    data = folder / "train" / "data-00000-of-00001.arrow"
+    for stray in ("cache-a811.arrow", "._data-00000-of-00001.arrow", "tmp1.arrow"):
+        (folder / "train" / stray).write_bytes(data.read_bytes())
+    state = folder / "train" / "state.json"
+    for index in ({"_data_files": [{"filename": data.name}]}, None):
+        if index:
+            state.write_text(json.dumps(index))
+        else:
+            state.unlink()
+            (folder / "train" / "tmp1.arrow").unlink()
+        assert [i.input for i in read(tmp_path).train] == [row["input"] for row in rows]
+    for names, fault in (
+        ([data.name, "data-00001-of-00002.arrow"], "data-00001-of-00002.arrow is missing, which .*state.json names"),
+        (["../../secret.arrow"], "state.json: _data_files.*holds a slash"),
+        ([], 'state.json has no list "_data_files"'),
+    ):
+        state.write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+        with pytest.raises((ValueError, FileNotFoundError), match=fault):
+            read(tmp_path)
+    state.unlink()
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "dev", "test"]}')
+    with pytest.raises(FileNotFoundError, match="dev is missing, which .*dataset_dict.json names"):
+        read(tmp_path)
+
+
+def test_a_missing_part_of_several_is_named(tmp_path):
+    folder = task_folder(tmp_path)
+    for split in ("train", "test"):
+        write_hub_parquet(folder, split, random_rows(9))
+    (folder / "data" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="data: train-00001-of-00002.parquet is missing beside"):
+        read(tmp_path)
+
+
+def test_a_long_cell_and_a_column_twice(tmp_path):
+    folder = task_folder(tmp_path)
+    write_jsonl(folder, "test", random_rows(6))
+    long = "word " * 40_000
+    write_csv(folder, "train", [{"input": long, "output": "yes"}, {"input": "short", "output": "no"}])
+    assert [i.input for i in read(tmp_path).train] == [long, "short"]
+    (folder / "train.csv").write_text("input,output,input\na,b,c\n")
+    with pytest.raises(ValueError, match="train.csv: its first line names the column 'input' twice"):
+        read(tmp_path)
 
 
 def test_csv_faults_name_the_line(tmp_path):
@@ -218,6 +317,6 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(own_tasks.importlib, "import_module", missing)
+    monkeypatch.setattr(table_files.importlib, "import_module", missing)
     with pytest.raises(ValueError, match="train.parquet: reading it needs pyarrow. .*pip install pyarrow"):
         read(tmp_path)

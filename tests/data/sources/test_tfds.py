@@ -133,7 +133,7 @@ def test_public_rows_take_the_form_of_the_benchmark(tmp_path, name):
     # Samples are shuffled; the test row has the first label.
     assert sorted(i.outputs[0] for i in task.train) == sorted(answers.values())
     assert [i.outputs[0] for i in task.test] == [next(iter(answers.values()))]
-    assert task.metric == "exact_match"
+    assert task.metric == "exact_match_of_words"
     assert "tensorflow" not in sys.modules
 
 
