@@ -102,6 +102,9 @@ class Setting:
         if self.method.pass_after is None:
             return None
         totals = self.programs.measure(frozen.replace(base=self.base), trainable, self.batch(), self.task(index))
+        if self.method.features_after:
+            batch = self.batch()
+            totals["features"] = self.programs.features(self.base, batch["source"], batch["source_mask"])
         memory, totals = jax.tree.map(np.asarray, (frozen.memory, totals))
         found = self.method.summarise(memory, totals)
         return sharding.replicate(jax.tree.map(lambda x: np.asarray(x, np.float32), found), self.mesh)

@@ -78,8 +78,12 @@ _PET = {
 }
 _PSEUDO_SAMPLES = {
     "source": Setting(
-        "files", "Written by the model, in files, a sample of real training inputs, or none.", choices=PSEUDO_SOURCES
+        "files",
+        "Written by the model, drawn from statistics of each task's inputs (no text is kept), in files, a sample of "
+        "real training inputs, or none.",
+        choices=PSEUDO_SOURCES,
     ),
+    "statistics_rank": Setting(8, "Directions of a task's statistics along which its features correlate.", POSITIVE),
     "dir": Setting("lora_gen_superni_t5", "Of the files: a folder, or one in DATA_DIR/generated_data."),
     "ratio": Setting(0.02, "Samples of a task, as a share of its training rows.", NOT_NEGATIVE),
     "minimum": Setting(4, "At least so many.", NOT_NEGATIVE),
@@ -285,7 +289,9 @@ def make_method(config: ConfigDict) -> Method:
     """
     if config.method not in METHODS:
         raise ValueError(f"config.method={config.method!r} is unknown; choose one of {', '.join(METHODS)}.")
-    return METHODS[config.method](pet=make_pet(config), **config.get(config.method, {}))
+    options = config.pseudo_samples
+    statistics = options.statistics_rank if options.source == "statistics" else 0
+    return METHODS[config.method](pet=make_pet(config), statistics=statistics, **config.get(config.method, {}))
 
 
 def capacity_of(config: ConfigDict, method: Method, num_tasks: int) -> int:
@@ -343,10 +349,10 @@ def check_config(config: ConfigDict) -> None:
     window = config.train.profile_steps
     if window and not (all(type(step) is int for step in window) and len(window) == 2 and 0 < window[0] <= window[1]):
         raise ValueError(f"config.train.profile_steps={window!r} must be (first, last) step, counted from 1.")
-    if config.pseudo_samples.pool_answers and config.pseudo_samples.source == "generate":
+    if config.pseudo_samples.pool_answers and config.pseudo_samples.source in ("generate", "statistics"):
         raise ValueError(
-            'config.pseudo_samples.pool_answers: samples that the model writes (source="generate") are pooled as '
-            "prompts alone; set it to False."
+            f"config.pseudo_samples.pool_answers: with source={config.pseudo_samples.source!r} prompts are pooled "
+            "alone; set it to False."
         )
     if config.data.buckets:
         check_buckets(config.data.buckets)

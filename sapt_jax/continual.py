@@ -82,7 +82,7 @@ def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
             begin = functools.partial(_begin, run, frozen, trainable, samples, index)
             trainable, before = fit(run, frozen, begin, index, samples)
             # Measure, end, save.
-            found = _measure(run, (frozen, trainable), index, run.method.pass_after, run.method.rows_after)
+            found = _measure_after(run, (frozen, trainable), index)
             frozen = _end(run, frozen, trainable, found, index)
             write_costs(run.folder(index), before + meter.read())
             checkpoints.save_committed(run.folder(index), frozen, trainable)
@@ -104,7 +104,7 @@ def _begin(run: Run, frozen: Frozen, previous: Trainable | None, samples: Sample
     """What a task starts from."""
     found = None
     if run.method.pass_before:
-        found = _measure(run, (frozen, previous), index, run.method.pass_before)
+        found = _found(run, frozen, _totals(run, (frozen, previous), index, run.method.pass_before))
     seen = Seen(_feature_rows(run, frozen.base, index), found, samples)
     return run.programs.begin_task(frozen, previous, seen, run.task(index))
 
@@ -121,24 +121,34 @@ def _feature_rows(run: Run, base: Tree, index: int) -> jax.Array | None:
 # --- Measure ----------------------------------------------------------------------------------------------------------
 
 
-def _measure(
-    run: Run, trees: tuple[Frozen, Trainable | None], index: int, split: str | None, most: int = 0
-) -> Tree | None:
-    """What the method finds in one pass over a split of a task; without dev, over its training rows.
+def _measure_after(run: Run, trees: tuple[Frozen, Trainable], index: int) -> Tree | None:
+    """What the method finds in a task that was just learned."""
+    if not run.method.pass_after:
+        return None
+    totals = _totals(run, trees, index, run.method.pass_after, run.method.rows_after)
+    if run.method.features_after:
+        totals["features"] = features_of(run, trees[0].base, run.stream.tasks[index].train)
+    return _found(run, trees[0], totals)
+
+
+def _totals(run: Run, trees: tuple[Frozen, Trainable | None], index: int, split: str, most: int = 0) -> Tree:
+    """What the method adds up in one pass over a split of a task; without dev, over its training rows.
 
     Args:
       most: rows of it, at most; 0 is all.
     """
-    if split is None:
-        return None
     task = run.stream.tasks[index]
     rows = getattr(task, split) if len(getattr(task, split)) else task.train
     if 0 < most < len(rows):
         rng = state.host_rng(run.config.seed, "measured rows", index)
         rows = rows.take(np.sort(rng.choice(len(rows), most, replace=False)))
     at = run.task(index)
-    totals = sum_batches(lambda batch: run.programs.measure(*trees, batch, at), rows, run.layout, run.mesh)
-    memory = jax.tree.map(np.asarray, trees[0].memory) if run.method.uses("summarise") else None
+    return sum_batches(lambda batch: run.programs.measure(*trees, batch, at), rows, run.layout, run.mesh)
+
+
+def _found(run: Run, frozen: Frozen, totals: Tree) -> Tree:
+    """What the method makes of what was added up, on every device."""
+    memory = jax.tree.map(np.asarray, frozen.memory) if run.method.uses("summarise") else None
     found = run.method.summarise(memory, totals)
     return sharding.replicate(jax.tree.map(lambda x: np.asarray(x, np.float32), found), run.mesh)
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -14,7 +15,7 @@ from sapt_jax.evaluation import Tested
 from sapt_jax.models.families import parameters
 from sapt_jax.pseudo_samples.pools import Pools, rows_kept
 from sapt_jax.pseudo_samples.writer import WRITER
-from sapt_jax.results import metrics, scores, terminal
+from sapt_jax.results import metrics, predictions, scores, terminal
 from sapt_jax.results.cautions import cautions
 from sapt_jax.results.labels import count_kept, short
 from sapt_jax.results.references import References
@@ -51,15 +52,18 @@ class Tale:
       results: where its scores and predictions go.
       references: what they are compared with.
       matrix: [T, T], NaN where there is no score yet.
+      moved: [T, T] as it, in nats: `Method.moved` of each tested task's inputs, NaN for methods that cannot say it.
     """
 
     run: Run
     results: epath.Path
     references: References
     matrix: np.ndarray = dataclasses.field(init=False)
+    moved: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self):
         self.matrix = metrics.empty_matrix(len(self.run.stream.tasks))
+        self.moved = metrics.empty_matrix(len(self.run.stream.tasks))
 
     def opening(self) -> None:
         """Says what the run is about to do, and leaves its tasks' instructions for those who ask it."""
@@ -88,6 +92,7 @@ class Tale:
         run, names = self.run, self.run.stream.names
         row = [test.score for test in tests.seen]
         self.matrix = metrics.with_row(self.matrix, task_index, row)
+        self.moved = metrics.with_row(self.moved, task_index, self._moved(task_index, frozen))
         if self.results == run.workdir:
             # Beside it lie the scores of another way to test, which are no part of the curves.
             run.log.log("scores", task_index=task_index, task=names[task_index], step=0, scores=row)
@@ -111,6 +116,24 @@ class Tale:
         }
         run.console.print(terminal.closing_summary(told, places))
 
+    @property
+    def _tells_moves(self) -> bool:
+        """Whether the weights of the tests are the method's own, and it recorded what they were."""
+        return self.run.method.uses("moved") and self.run.config.eval.routing == "method"
+
+    def _moved(self, task_index: int, frozen: Frozen) -> list[float]:
+        run, names = self.run, self.run.stream.names
+        found = [np.nan] * (task_index + 1)
+        # Process 0 alone has surely written what is read here, and it alone tells.
+        if jax.process_index() == 0 and self._tells_moves:
+            memory = jax.tree.map(np.asarray, frozen.memory)
+            for tested in range(task_index + 1):
+                file = predictions.predictions_file(self.results, names, task_index, tested)
+                _, weights = predictions.read_predictions(file)
+                moved = run.method.moved(memory, weights, run.method.slot_index(tested))
+                found[tested] = np.nan if moved is None else moved
+        return found
+
     def _write(self, tests: Tests, pools: Pools, frozen: Frozen) -> dict[str, Any]:
         run, names = self.run, self.run.stream.names
         finished = metrics.finished_part(self.matrix)
@@ -125,6 +148,7 @@ class Tale:
             "routing": _routing(done, tests.seen),
             "seen_averages": metrics.seen_averages(finished),
             **run.method.told(frozen.memory),
+            "attention_kl": self.moved if self._tells_moves else None,
             "buckets": run.stream.buckets,
             "truncated": run.stream.truncated(),
             "unseen": tests.beside.unseen,

@@ -216,7 +216,7 @@ def test_one_trace_for_five_tasks():
             batch = make_batch(task * 2 + number)
             state, _ = step(frozen, state, batch, make_samples(task, tasks), at(task, steps=10 + task))
         trainable = state.trainable
-        frozen = end_task(frozen, trainable, frozen.memory["reflection_targets"][task], at(task))
+        frozen = end_task(frozen, trainable, {"target": frozen.memory["reflection_targets"][task]}, at(task))
     assert step._cache_size() == 1
 
 

@@ -31,7 +31,7 @@ def without_slot(tree, slot):
 def test_the_end_of_a_task_changes_one_slot():
     frozen, trainable = random_trees(0)
     target = jnp.asarray([0.1, 0.2, 0.7, 0.0])
-    after = METHOD.end_task(frozen, trainable, target, at(2))
+    after = METHOD.end_task(frozen, trainable, {"target": target}, at(2))
     jax.tree.map(np.testing.assert_array_equal, METHOD.pet.read(after.bank, 2), trainable.slot)
     np.testing.assert_array_equal(after.memory["keys"][2], trainable.selector["key"])
     np.testing.assert_array_equal(after.memory["reflection_targets"][2], target)
@@ -62,7 +62,7 @@ def test_ending_a_task_keeps_the_attention_of_training():
     frozen, trainable = random_trees(1)
     pooled = jnp.asarray(np.random.default_rng(2).normal(size=(5, WIDTH)), jnp.float32)
     before = METHOD.log_weights(frozen, trainable, pooled, at(2))
-    ended = METHOD.end_task(frozen, trainable, frozen.memory["reflection_targets"][0], at(2))
+    ended = METHOD.end_task(frozen, trainable, {"target": frozen.memory["reflection_targets"][0]}, at(2))
     np.testing.assert_array_equal(before, METHOD.log_weights(ended, trainable, pooled, at(2)))
 
 

@@ -15,7 +15,7 @@ from sapt_jax.data.prompts import EncodingRules, Tokenizer
 from sapt_jax.data.sources.task_files import definition_of, instances_of, task_rng
 from sapt_jax.data.task import Instance, Task, read_json
 
-PSEUDO_SOURCES = ("generate", "files", "train", "none")
+PSEUDO_SOURCES = ("generate", "statistics", "files", "train", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PoolOrigin:
 
 
 def load_pseudo_samples(task: Task, origin: PoolOrigin) -> PseudoSamples | None:
-    """The task's pool, or None for the sources "none" and "generate" (written only after the task)."""
+    """The task's pool, or None for the sources "none", "statistics" and "generate" (written only after the task)."""
     if origin.source == "files":
         return read_pseudo_samples(origin.folder, task.name)
     if origin.source == "train":

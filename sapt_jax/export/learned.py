@@ -194,7 +194,8 @@ def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdi
     frozen = state.empty(declared).replace(enabled=jnp.ones((capacity,), bool))
     with new_folder(workdir) as unfinished:
         for index, (name, task) in enumerate(ended.items()):
-            found = None if task.target is None else np.pad(task.target, (0, capacity - len(task.target)))
+            target = task.target
+            found = None if target is None else {"target": np.pad(target, (0, capacity - len(target)))}
             trainable = jax.tree.map(jnp.asarray, task.trainable)
             place = Task(np.int32(index), np.int32(method.slot_index(index)), np.int32(0))
             frozen = method.end_task(frozen, trainable, found, place)

@@ -64,6 +64,7 @@ class Method(abc.ABC):
 
     Attributes:
       pet: the kind of block.
+      statistics: the rank of the Gaussians that stand for the inputs of earlier tasks; 0 where `samples` do.
       only: the one kind of block that the method goes with, and why; None for any.
       needs_task_id: `Task.rows` is told at test time.
       mixing: what the weights are, for exporters: "sum" of all blocks, each at weight 1; "one" block, the bank's only;
@@ -74,9 +75,11 @@ class Method(abc.ABC):
       pass_before, pass_after: the split that `measure` reads before and after a task, or None.
       rows_before: training inputs whose features `begin_task` is given.
       rows_after: the most rows that the pass after a task reads, drawn from the split; 0 is all.
+      features_after: `summarise` is also given the features of all training rows after a task.
     """
 
     pet: Pet
+    statistics: int = 0
 
     only: ClassVar[tuple[str, str] | None] = None
     needs_task_id: ClassVar[bool] = False
@@ -85,9 +88,15 @@ class Method(abc.ABC):
     pass_after: ClassVar[str | None] = None
 
     def __post_init__(self):
+        name = type(self).__module__.rsplit(".", 1)[-1]
         if self.only and self.pet.kind != self.only[0]:
-            (kind, why), name = self.only, type(self).__module__.rsplit(".", 1)[-1]
+            (kind, why) = self.only
             raise ValueError(f"config.method={name!r} {why}: set config.pet.kind={kind!r}.")
+        if self.statistics and self.samples:
+            raise ValueError(
+                f"config.method={name!r} wants the {self.samples} of earlier tasks as text, and "
+                'config.pseudo_samples.source="statistics" keeps none: set it to generate, files or train.'
+            )
 
     @property
     def samples(self) -> str | None:
@@ -101,8 +110,13 @@ class Method(abc.ABC):
     def rows_after(self) -> int:
         return 0
 
+    @property
+    def features_after(self) -> bool:
+        return False
+
     def old_data(self, source: str) -> str:
-        """The kind of rows of earlier tasks that a run sees: "none", "real", "written" or "authors'".
+        """The kind of rows of earlier tasks that a run sees: "none", "real", "written" or "authors'"; or "statistics"
+        of them.
 
         How many it keeps, `pseudo_samples.pools.rows_kept` counts.
 
@@ -241,6 +255,7 @@ class Method(abc.ABC):
 
         Args:
           memory: the method's memory before the task's end.
+          totals: with `features_after`, after a task, these also hold "features" [N, F].
         """
         return totals
 
@@ -255,6 +270,13 @@ class Method(abc.ABC):
     def told(self, memory: Tree) -> dict[str, Any]:
         """What of the memory is told in scores.json, by its name there."""
         return {}
+
+    def moved(self, memory: Tree, weights: np.ndarray, slot: int) -> float | None:
+        """How far weights [N, T] of the inputs of a slot's task are from what was recorded of it, in nats.
+
+        None where the method records nothing of the kind.
+        """
+        return None
 
     def warning(self, logs: Mapping[str, np.ndarray], slot: int) -> str | None:
         """What a user should know of a task whose last logs, means over steps, are these; or None."""

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from sapt_jax import state
+from sapt_jax.methods import gaussians
 from sapt_jax.methods.base import Apply, Batch, Logs, Method, Samples, Seen, own_slot, real_rows
 from sapt_jax.methods.pooling import max_over_tokens
 from sapt_jax.methods.reflection import reflection_loss
@@ -19,6 +20,8 @@ from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
 
 WARM_START_ROWS = 256
 CLOSED_GATE = 0.01
+# Predictions are written with six decimals.
+LEAST_ATTENTION = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,9 @@ class Sapt(Method):
     """Every task opens a block and a key of its own; one attention over all keys mixes the blocks.
 
     In `selector` are the key and the query projection, in `memory` the keys of earlier tasks [T, D] and their
-    reflection targets [T, T]: row i the mean attention of task i just after it was learned, zero on later slots.
+    reflection targets [T, T]: row i the mean attention of task i just after it was learned, zero on later slots. With
+    `statistics`, `memory` also has a Gaussian of each task's pooled training inputs, which the reflection loss draws
+    from in place of pseudo-samples.
     """
 
     query_hidden: int = setting(100, "Width between the two matrices of the query projection.", POSITIVE)
@@ -61,7 +66,11 @@ class Sapt(Method):
 
     @property
     def samples(self) -> str | None:
-        return "inputs" if self.kl_ratio > 0 else None
+        return "inputs" if self.kl_ratio > 0 and not self.statistics else None
+
+    @property
+    def features_after(self) -> bool:
+        return self._draws_from_gaussians
 
     @property
     def rows_before(self) -> int:
@@ -71,15 +80,21 @@ class Sapt(Method):
     def routes(self) -> bool:
         return self.selection == "attention"
 
+    def old_data(self, source: str) -> str:
+        return "statistics" if self._draws_from_gaussians else super().old_data(source)
+
     def uses(self, hook: str) -> bool:
         return super().uses(hook) and (hook != "penalty" or self.kl_ratio > 0)
 
     def memory(self, parameters: Parameters, capacity: int) -> Tree:
         width = state.width_of(parameters)
-        return {
+        kept = {
             "keys": Leaf((capacity, width), (state.TASKS, "query")),
             "reflection_targets": Leaf((capacity, capacity), (state.TASKS, state.TASKS)),
         }
+        if self._draws_from_gaussians:
+            kept["statistics"] = gaussians.leaves(capacity, width, self.statistics)
+        return kept
 
     def selector(self, parameters: Parameters) -> Tree:
         width = state.width_of(parameters)
@@ -151,13 +166,7 @@ class Sapt(Method):
         self, rng: jax.Array, frozen: Frozen, trainable: Trainable, samples: Samples | None, task: Task
     ) -> tuple[jax.Array, Logs]:
         """kl_ratio times the reflection loss over drawn pseudo-samples; without `task.step`, as after the first."""
-        if samples is None:
-            raise ValueError("the reflection loss needs pseudo-samples")
-        capacity, size = samples.features.shape[:2]
-        shape = (capacity, self.reflection_batch)
-        drawn = jax.random.randint(rng, shape, 0, jnp.maximum(samples.counts, 1)[:, None])
-        features = jnp.take_along_axis(samples.features, jnp.minimum(drawn, size - 1)[..., None], axis=1)
-        valid = jnp.broadcast_to((samples.counts > 0)[:, None], shape)
+        features, valid = self._reflected(rng, frozen, samples)
         # A withdrawn slot takes no part: what was recorded on it is spread over the others.
         targets = frozen.memory["reflection_targets"] * frozen.enabled
         targets = targets / jnp.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
@@ -176,22 +185,41 @@ class Sapt(Method):
         return {"attention": jnp.sum(attention * real[:, None], axis=0), "rows": jnp.sum(real)}
 
     def summarise(self, memory: Tree, totals: Tree) -> Tree:
-        """The task's reflection target [T]."""
+        """The task's reflection target [T], and with `statistics` the Gaussian of its training inputs."""
         target = totals["attention"] / np.maximum(totals["rows"], 1)
-        return target.astype(jnp.bfloat16).astype(np.float64) if self.round_targets else target
+        found = {"target": target.astype(jnp.bfloat16).astype(np.float64) if self.round_targets else target}
+        if self._draws_from_gaussians:
+            found["statistics"] = gaussians.fit(totals["features"], self.statistics)
+        return found
 
     def end_task(self, frozen: Frozen, trainable: Trainable, found: Tree | None, task: Task) -> Frozen:
-        """Block, key and reflection target become part of the frozen tree."""
-        memory = {
-            "keys": jax.lax.dynamic_update_index_in_dim(frozen.memory["keys"], trainable.selector["key"], task.slot, 0),
-            "reflection_targets": jax.lax.dynamic_update_index_in_dim(
-                frozen.memory["reflection_targets"], found, task.slot, 0
-            ),
-        }
+        """Block, key, reflection target and statistics become part of the frozen tree."""
+        if found is None:
+            raise ValueError("a task cannot end before its attention was measured")
+        row = {"keys": trainable.selector["key"], "reflection_targets": found["target"]}
+        if self._draws_from_gaussians:
+            if "statistics" not in found:
+                raise ValueError(
+                    'config.pseudo_samples.source="statistics" needs those of every task, which only a run that '
+                    "trained it has: choose another source."
+                )
+            row["statistics"] = found["statistics"]
+        memory = jax.tree.map(
+            lambda kept, own: jax.lax.dynamic_update_index_in_dim(kept, own, task.slot, 0), frozen.memory, row
+        )
         return super().end_task(frozen, trainable, found, task).replace(memory=memory)
 
     def told(self, memory: Tree) -> dict[str, Any]:
         return {"reflection_targets": memory["reflection_targets"]}
+
+    def moved(self, memory: Tree, weights: np.ndarray, slot: int) -> float | None:
+        """The mean KL of the task's reflection target from the attention of its inputs: what reflection holds small."""
+        if self.selection != "attention":
+            return None
+        target = np.asarray(memory["reflection_targets"][slot], np.float64)
+        seen = target > 0
+        log_weights = np.log(np.maximum(weights[:, seen], LEAST_ATTENTION))
+        return float(np.mean(np.sum(target[seen] * (np.log(target[seen]) - log_weights), axis=1)))
 
     def warning(self, logs: Mapping[str, np.ndarray], slot: int) -> str | None:
         if logs["attention"][slot] >= CLOSED_GATE:
@@ -200,6 +228,24 @@ class Sapt(Method):
             f"the mean attention on the new slot stayed under {CLOSED_GATE:.0%}, so older blocks learned the task. "
             "Raise config.sapt.warm_start_steps, or lower config.sapt.kl_ratio."
         )
+
+    @property
+    def _draws_from_gaussians(self) -> bool:
+        return self.kl_ratio > 0 and self.statistics > 0
+
+    def _reflected(self, rng: jax.Array, frozen: Frozen, samples: Samples | None) -> tuple[jax.Array, jax.Array]:
+        """Features [T, N, D] that stand for each task's inputs in a step, and which of them count [T, N]."""
+        capacity = frozen.enabled.shape[0]
+        shape = (capacity, self.reflection_batch)
+        if self._draws_from_gaussians:
+            drawn = gaussians.draw(rng, frozen.memory["statistics"], self.reflection_batch)
+            return drawn, jnp.ones(shape, jnp.bool_)
+        if samples is None:
+            raise ValueError("the reflection loss needs pseudo-samples")
+        rows = jax.random.randint(rng, shape, 0, jnp.maximum(samples.counts, 1)[:, None])
+        rows = jnp.minimum(rows, samples.features.shape[1] - 1)
+        valid = jnp.broadcast_to((samples.counts > 0)[:, None], shape)
+        return jnp.take_along_axis(samples.features, rows[..., None], axis=1), valid
 
     def _attention(self) -> SharedAttention:
         return SharedAttention(self.query_hidden, self.query_init_std, self.temperature)

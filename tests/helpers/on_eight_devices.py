@@ -149,7 +149,7 @@ class Case:
         """What a task ends with: weights, answers, and the tree with it in its bank."""
         batch, at = self.batch(task, 99), self.task(task)
         tokens, weights = self.programs.generate(frozen, state.trainable, batch["source"], batch["source_mask"], at)
-        found = sharding.replicate(np.asarray(weights).mean(axis=0), self.mesh)
+        found = sharding.replicate({"target": np.asarray(weights).mean(axis=0)}, self.mesh)
         after = self.programs.end_task(frozen.replace(base=None), state.trainable, found, at)
         return after.replace(base=self.base), {"tokens": tokens, "weights": weights}
 

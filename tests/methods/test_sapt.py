@@ -26,7 +26,7 @@ def two_tasks(seed, **fields):
     plain = tiny_method()
     frozen = empty_frozen(method, MODEL, BASE, TASKS)
     first = fresh(plain, MODEL, BASE, seed)
-    frozen = method.end_task(frozen, first, jnp.asarray([1.0, 0.0, 0.0]), at(0))
+    frozen = method.end_task(frozen, first, {"target": jnp.asarray([1.0, 0.0, 0.0])}, at(0))
     second = fresh(plain, MODEL, BASE, seed + 1, previous=first)
     features = np.zeros((TASKS, 10, WIDTH), np.float32)
     features[0] = old[:10]
@@ -141,10 +141,10 @@ def test_the_reflection_target_is_the_mean_attention_of_real_rows():
     batch = {"source": source, "source_mask": source > 0}
     totals = method.measure(apply, frozen, second, batch, at(1))
     totals = jax.tree.map(lambda x: np.asarray(x, np.float64), totals)
-    target = method.summarise({}, totals)
+    target = method.summarise({}, totals)["target"]
     rows = np.exp(method.log_weights(frozen, second, table[source[[0, 1, 3], 0]], at(1)))
     np.testing.assert_allclose(target, rows.mean(axis=0), rtol=1e-6)
-    rounded = dataclasses.replace(method, round_targets=True).summarise({}, totals)
+    rounded = dataclasses.replace(method, round_targets=True).summarise({}, totals)["target"]
     np.testing.assert_array_equal(rounded, np.asarray(jnp.asarray(target, jnp.bfloat16), np.float64))
     assert not np.array_equal(rounded, target)
 
