@@ -1,9 +1,9 @@
-"""Two runs side by side:
+"""Runs side by side:
 
-    python -m sapt_jax.compare DIR1 DIR2
+    python -m sapt_jax.compare DIR1 DIR2 ...
 
-prints the score matrices of two workdirs in the same format, what each task scored when it was learned and at the
-end, and AP, F.Ra, FWT and BWT of both.
+prints the score matrices of any number of workdirs in the same format, what each task scored when it was learned and
+at the end, and one table of them all.
 """
 
 import argparse
@@ -39,10 +39,8 @@ def run_names(runs: Sequence[dict[str, Any]], folders: Sequence[str | Path]) -> 
 
 def main(arguments: Sequence[str] | None = None, output: TextIO | None = None) -> int:
     """Prints the comparison and returns 0; ends with 2 and one line on stderr where the runs cannot be compared."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sapt_jax.compare", description="Two runs of sapt_jax side by side."
-    )
-    parser.add_argument("folders", metavar="DIR", nargs=2, help="the --workdir of a run")
+    parser = argparse.ArgumentParser(prog="python -m sapt_jax.compare", description="Runs of sapt_jax side by side.")
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="the --workdir of a run")
     folders = parser.parse_args(arguments).folders
     console = terminal.make_console(output)
     with told_in_one_line("sapt_jax.compare", code=2):

@@ -23,6 +23,7 @@ from sapt_jax.optimization import SCHEDULES, check_options, check_rates
 from sapt_jax.pet.lora import QUERY_AND_VALUE
 from sapt_jax.results.metrics import REFERENCE_CHOICES
 from sapt_jax.settings import FINITE, NOT_NEGATIVE, POSITIVE, Range, Setting, settings_of
+from sapt_jax.storage.compiled import AUTO
 
 # What both JAX and numpy take for a seed as it is.
 _SEED = Range(0, 2**32 - 1)
@@ -39,6 +40,12 @@ _RUN: dict[str, Setting] = {
     "disabled_tasks": Setting("", "Tasks withdrawn from the mixture, with commas.", free=True, protocol=True),
     "data_source": Setting(
         "", "Where tasks come from, if not the benchmark's usual source.", choices=("", *SOURCES), protocol=True
+    ),
+    "compilation_cache": Setting(
+        AUTO,
+        'Where compiled programs are kept for later runs: a folder, "" for nowhere, or "auto": what '
+        "JAX_COMPILATION_CACHE_DIR says, else $XDG_CACHE_HOME/sapt_jax or ~/.cache/sapt_jax.",
+        free=True,
     ),
     "data_dir": Setting("", "Holds CL_Benchmark and generated_data; empty reads SAPT_DATA_DIR.", free=True),
     "own_dir": Setting("", "Holds own tasks that the order names beside the benchmark's.", free=True),

@@ -30,6 +30,7 @@ from sapt_jax.results.references import References, Terms, read_joint_scores, re
 from sapt_jax.run import Run, open_run
 from sapt_jax.state import Frozen, Trainable, Tree
 from sapt_jax.storage import checkpoints
+from sapt_jax.storage.compiled import keep_programs
 from sapt_jax.storage.costs import Meter, forget_peak, write_costs
 from sapt_jax.storage.paths import as_path
 from sapt_jax.tell import Beside, Tale, Tests
@@ -51,6 +52,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = as_path(workdir)
     check_config(config)
+    keep_programs(config.compilation_cache)
     check_same_run(config, workdir)
     names = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
     checkpoints.check_order(workdir, names)

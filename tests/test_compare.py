@@ -35,7 +35,7 @@ def test_prints_both_runs_by_method(two_runs):
     output = io.StringIO()
     assert compare.main(two_runs, output) == 0
     text = output.getvalue()
-    for expected in ("SAPT-LoRA", "sequential LoRA", "50.0 →  48.5", "51.0 →   7.5", "1.50", "43.50", "54.25", "34.25"):
+    for expected in ("SAPT-LoRA", "sequential LoRA", "50.0 →  48.5", "51.0 →   7.5", "1.5", "43.5", "54.2", "34.2"):
         assert expected in text
 
 
@@ -52,6 +52,17 @@ def test_a_run_of_prompts_is_not_called_lora(two_runs, tmp_path):
     output = io.StringIO()
     assert compare.main([two_runs[0], str(tmp_path / "prompts")], output) == 0
     assert "SAPT-LoRA" in output.getvalue() and "SAPT-Prompt" in output.getvalue()
+
+
+def test_any_number_of_runs_shares_one_table(two_runs, tmp_path):
+    _write(tmp_path / "alone", "single_task", np.array([[52.0, np.nan], [52.0, 62.0]]))
+    output = io.StringIO()
+    assert compare.main([*two_runs, str(tmp_path / "alone")], output) == 0
+    rows = {line.split("  ")[0].strip(): line.split() for line in output.getvalue().splitlines()}
+    # Runs, AP, F.Ra, BWT, and FWT against the run that trained each task alone.
+    assert rows["SAPT-LoRA"][1:6] == ["1", "54.2", "1.5", "-1.5", "-2.0"]
+    assert rows["sequential LoRA"][2:7] == ["1", "34.2", "43.5", "-43.5", "-1.0"]
+    assert rows["single_task"][1:6] == ["1", "57.0", "0.0", "0.0", "0.0"]
 
 
 def test_a_run_beside_itself(two_runs):

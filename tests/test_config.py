@@ -24,7 +24,7 @@ POSITIVE_SETTINGS = (
     "pet.rank", "pet.alpha", "pet.prompt_length", "sapt.query_hidden", "sapt.temperature", "sapt.reflection_batch",
     "sapt.warm_start_learning_rate", "pseudo_samples.writer.rank", "pseudo_samples.writer.alpha",
     "pseudo_samples.writer.steps", "pseudo_samples.writer.batch_size", "pseudo_samples.writer.max_length",
-    "pseudo_samples.writer.temperature", "pseudo_samples.writer.draws",
+    "pseudo_samples.writer.temperature", "pseudo_samples.writer.draws", "pseudo_samples.statistics_rank",
     "data.prefetch_batches", "data.max_buckets", "data.source_multiple",
     "data.target_multiple", "train.epochs", "train.batch_size", "train.accumulation", "train.eval_every_epochs",
     "train.log_every_steps", "optimizer.max_grad_norm", "eval.batch_size", "eval.max_new_tokens", "eval.beams",
@@ -37,7 +37,7 @@ NOT_NEGATIVE_SETTINGS = (
     "pseudo_samples.writer.top_k",
 )  # fmt: skip
 CHOICES = {
-    "pseudo_samples.source": ("generate", "files", "train", "none"),
+    "pseudo_samples.source": ("generate", "statistics", "files", "train", "none"),
     "pet.kind": ("lora", "prompt"),
     "sapt.learning": ("attention", "own", "mean"),
     "sapt.selection": ("attention", "mean"),
@@ -61,7 +61,7 @@ FREE = {
     "model.attention", "train.log_every_steps", "train.checkpoint_every_steps", "train.profile_steps",
     "eval.batch_size", "eval.unseen_tasks", "eval.single_task_runs", "eval.routing", "eval.joint_run", "eval.general",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules",
-    "own_dir",
+    "own_dir", "compilation_cache",
 }  # fmt: skip
 # Adding a method touches no list here: what a range or a choice means is the same for its settings as for these.
 OF_METHODS = tuple(f"{name}." for name in METHODS if name != "sapt")
@@ -191,7 +191,7 @@ def test_what_does_not_go_together_is_named():
         ({"optimizer.rates": (("(", 1.0),)}, r"config.optimizer.rates=.*: \('\(', 1.0\) cannot be"),
         (
             {"pseudo_samples.pool_answers": True, "pseudo_samples.source": "generate"},
-            "config.pseudo_samples.pool_answers: samples that the model writes",
+            "config.pseudo_samples.pool_answers: with source='generate' prompts are pooled",
         ),
         (
             {"optimizer.options": ("weight_decay", 0.1)},

@@ -16,7 +16,7 @@ import yaml
 from tests.helpers.paths import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
-SCRIPTS = ("tpu_vm.sh", "slurm.sbatch")
+SCRIPTS = ("tpu_vm.sh", "slurm.sbatch", "slurm_study.sbatch")
 # What a shell would split, expand or run if it were not quoted.
 AWKWARD = ["--config.task_order=one task,it's two", '--config.note=$HOME `id` "; touch sapt_was_here', "--config.x=*"]
 
@@ -274,6 +274,31 @@ def test_slurm_stops_at_the_time_limit_and_queues_again(stage):
     assert [call for call in stage.calls() if call[0] != "srun"] == [
         ["scancel", "--signal=TERM", "42"],
         ["scontrol", "requeue", "42"],
+    ]
+
+
+ARRAY = {
+    "SLURM_ARRAY_JOB_ID": "42",
+    "SLURM_ARRAY_TASK_ID": "6",
+    "SLURM_ARRAY_TASK_MIN": "4",
+    "SLURM_ARRAY_TASK_COUNT": "3",
+    "WORKDIR": "/shared/my study",
+}
+
+
+def test_slurm_array_takes_its_part_of_a_study_and_queues_it_again_at_the_limit(stage):
+    waits = "trap 'sleep 0.3; echo saved; exit 143' TERM\necho $$ > pid\nwhile :; do sleep 0.05; done\n"
+    python = stage.stand_in("my python", NOTE + waits)
+    stage.stand_in("scontrol")
+    process = stage.start(LAUNCH / "slurm_study.sbatch", "--only=sapt*", **ARRAY, PYTHON=str(python))
+    stage.wait_for(lambda: (stage.folder / "pid").exists() and (stage.folder / "pid").read_text().strip())
+    process.send_signal(signal.SIGUSR1)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and out == "saved\n", error
+    study = ["-m", "sapt_jax.study", "--config=configs/studies/paper_superni_t5_large.py", "--workdir=/shared/my study"]
+    assert stage.calls() == [
+        ["my python", *study, "--shard=2/3", "--only=sapt*"],
+        ["scontrol", "requeue", "42_6"],
     ]
 
 

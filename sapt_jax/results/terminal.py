@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from sapt_jax.results import comparison
 from sapt_jax.results.labels import short
 
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "exact_match_of_words": "exact match of words"}
@@ -200,25 +201,25 @@ def closing_summary(told: Mapping[str, Any], places: Mapping[str, str | Path]) -
     return Group(figures, Text(labels), Text(f"protocol: {settings}\n", style="dim"), files)
 
 
-def compare_runs(names: tuple[str, str], runs: tuple[Mapping[str, Any], Mapping[str, Any]], *, width: int) -> Group:
-    """Two runs in the same format: both score matrices, each task when learned and at the end, and the summaries.
+def compare_runs(names: Sequence[str], runs: Sequence[Mapping[str, Any]], *, width: int) -> Group:
+    """Runs in the same format: score matrices, each task when learned and at the end, and the table of all of them.
 
     Args:
         names: what to call them.
         runs: from scores.read_scores. They must have the same task order.
-        width: columns of the terminal; the matrices stand side by side where there is room.
+        width: columns of the terminal; two matrices stand side by side where there is room.
 
     Raises:
-        ValueError: the runs have different task orders.
+        ValueError: runs have different task orders.
     """
-    first, second = runs
-    if list(first["task_order"]) != list(second["task_order"]):
-        raise ValueError(
-            "the two runs have different task orders, so their scores cannot stand side by side:\n"
-            f"  {names[0]}: {', '.join(first['task_order'])}\n  {names[1]}: {', '.join(second['task_order'])}"
-        )
+    for name, run in zip(names, runs, strict=True):
+        if list(run["task_order"]) != list(runs[0]["task_order"]):
+            raise ValueError(
+                "the runs have different task orders, so their scores cannot stand side by side:\n"
+                f"  {names[0]}: {', '.join(runs[0]['task_order'])}\n  {name}: {', '.join(run['task_order'])}"
+            )
     half = width // 2 - 2
-    room_for_two = _table_width(len(first["task_order"]), decimals=1) <= half
+    room_for_two = _table_width(len(runs[0]["task_order"]), decimals=1) <= half
     matrices = [
         score_table(
             run["matrix"], run["task_order"], run["metric_per_task"], title=name, width=half if room_for_two else width
@@ -226,24 +227,25 @@ def compare_runs(names: tuple[str, str], runs: tuple[Mapping[str, Any], Mapping[
         for name, run in zip(names, runs, strict=True)
     ]
     pieces: list[RenderableType] = [Columns(matrices, padding=(0, 2)) if room_for_two else Group(*matrices)]
-    differences = _differences(first, second)
+    differences = _differences(runs)
     if differences:
         warning = "These runs do not measure the same: " + "; ".join(differences)
         pieces.insert(0, Text(warning, style="yellow"))
-    return Group(*pieces, _task_comparison(names, runs), _summary_comparison(names, runs))
+    table = comparison.as_table(comparison.rows_of_runs(names, runs), "At the end of the sequence")
+    return Group(*pieces, _task_comparison(names, runs), table)
 
 
-def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+def _differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for field in ("protocol", "seeds", "metric_per_task"):
-        for key in sorted(set(first[field]) | set(second[field])):
-            values = first[field].get(key), second[field].get(key)
-            if values[0] != values[1]:
-                found.append(f"{field}.{key} is {values[0]} and {values[1]}")
+        for key in sorted({key for run in runs for key in run[field]}):
+            values = [str(run[field].get(key)) for run in runs]
+            if len(set(values)) > 1:
+                found.append(f"{field}.{key} is {' and '.join(dict.fromkeys(values))}")
     return found
 
 
-def _task_comparison(names: tuple[str, str], runs: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Table:
+def _task_comparison(names: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Each task: when learned → at the end", title_justify="left", title_style="bold")
     table.box = box.SIMPLE_HEAD
     table.add_column("task", no_wrap=True, overflow="ellipsis")
@@ -255,16 +257,4 @@ def _task_comparison(names: tuple[str, str], runs: tuple[Mapping[str, Any], Mapp
             learned, final = run["matrix"][index, index], run["matrix"][-1, index]
             cells.append(f"{format_score(learned)} → {format_score(final):>5}")
         table.add_row(f"{index + 1} {task}", *cells)
-    return table
-
-
-def _summary_comparison(names: tuple[str, str], runs: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Table:
-    table = Table(title="At the end of the sequence", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("")
-    for measure, meaning in SUMMARY_MEANINGS.items():
-        cells = [format_score(run["summary"].get(measure), 2) for run in runs]
-        table.add_row(measure, *cells, Text(meaning, style="dim"))
     return table

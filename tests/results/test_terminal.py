@@ -37,6 +37,7 @@ def _matrix(num_tasks, seed=0):
 
 def _run(matrix, **changes):
     run = {
+        "method": "sapt",
         "task_order": list(TASKS),
         "metric_per_task": METRICS,
         "matrix": matrix,
@@ -101,8 +102,8 @@ def test_two_runs_in_one_format(width):
     shown = _numbers(text)
     for matrix in (first, second):
         assert all(value in shown for value in matrix[np.tril_indices(3)])
-        assert f"{metrics.average_performance(matrix):.2f}" in text
-        assert f"{metrics.forgetting_rate(matrix):.2f}" in text
+        assert f"{metrics.average_performance(matrix):.1f}" in text
+        assert f"{metrics.forgetting_rate(matrix):.1f}" in text
     for index, task in enumerate(TASKS):
         line = next(line for line in text.splitlines() if task in line and "→" in line)
         assert _numbers(line) == [first[index, index], first[-1, index], second[index, index], second[-1, index]]

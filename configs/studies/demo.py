@@ -1,0 +1,15 @@
+"""All methods on the demo's six short tasks, three seeds; `make demo` runs three of them with the first seed.
+
+python -m sapt_jax.study --config=configs/studies/demo.py --workdir=runs/studies/demo
+"""
+
+from configs import demo
+from configs.studies.methods import BOUND, LORA, PROMPTS, some
+from sapt_jax.study.grid import make_study
+
+
+def get_config():
+    c = demo.get_config()
+    methods = some("sapt-statistics", "sequential", "single_task") | LORA | BOUND | PROMPTS
+    methods |= some("sapt-generate", "sapt-train", "sapt-none")
+    return make_study(c, methods, {"order1": c.task_order}, seeds=(0, 1, 2))

@@ -1,0 +1,14 @@
+"""The paper's grid on Long Sequence with T5-large: both orders, three seeds.
+
+SAPT_DATA_DIR=/path/to/data python -m sapt_jax.study --config=configs/studies/paper_long_t5_large.py \
+    --workdir=runs/studies/paper_long_t5_large
+"""
+
+from configs import t5_large_long
+from configs.studies.methods import PAPER
+from sapt_jax.study.grid import make_study
+
+
+def get_config():
+    c = t5_large_long.get_config()
+    return make_study(c, PAPER, {"long_mnli": "long_mnli", "long_yelp": "long_yelp"}, seeds=(42, 43, 44))

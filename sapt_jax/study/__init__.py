@@ -1,0 +1,1 @@
+"""A study: methods x orders x seeds, each a run with a workdir of its own, and one table of them all."""
