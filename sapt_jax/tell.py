@@ -17,7 +17,7 @@ from sapt_jax.pseudo_samples.pools import Pools, rows_kept
 from sapt_jax.pseudo_samples.writer import WRITER
 from sapt_jax.results import metrics, predictions, scores, terminal
 from sapt_jax.results.cautions import cautions
-from sapt_jax.results.labels import count_kept, short
+from sapt_jax.results.labels import count_kept, one_line
 from sapt_jax.results.references import References
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen
@@ -97,9 +97,9 @@ class Tale:
             # Beside it lie the scores of another way to test, which are no part of the curves.
             run.log.log("scores", task_index=task_index, task=names[task_index], step=0, scores=row)
         told = self._write(tests, pools, frozen)
-        labels = "; ".join(f"{name}: {value}" for name, value in short(told["labels"]).items())
-        title, width = f"Scores, {run.config.method} ({labels})", run.console.width
+        title, width = f"Scores, {run.config.method}", run.console.width
         run.console.print(terminal.score_table(self.matrix, names, told["metric_per_task"], title=title, width=width))
+        run.console.print(f" {one_line(told['labels'])}", style="dim")
         return told
 
     def closing(self, told: dict[str, Any]) -> None:

@@ -36,6 +36,11 @@ def short(labels: Mapping[str, Any]) -> dict[str, str]:
     return {"told the task": told, "old data": f"{labels['old_data']}{rows}", "kept": format_bytes(labels["bytes"])}
 
 
+def one_line(labels: Mapping[str, Any]) -> str:
+    """The same in a line, as it stands under scores."""
+    return "; ".join(f"{name}: {value}" for name, value in short(labels).items())
+
+
 def format_bytes(number: int) -> str:
     """999 -> "999 B", 1_234_567 -> "1.2 MB"."""
     if number < 1000:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sapt_jax.results import comparison
-from sapt_jax.results.labels import short
+from sapt_jax.results.labels import one_line
 
 METRIC_NAMES = {"rouge_l": "ROUGE-L", "exact_match": "exact match", "exact_match_of_words": "exact match of words"}
 SUMMARY_MEANINGS = {
@@ -173,7 +173,7 @@ def score_table(
 
 
 def closing_summary(told: Mapping[str, Any], places: Mapping[str, str | Path]) -> RenderableType:
-    """The measures with their meaning, the labels and the protocol of the scores, and where everything lies.
+    """The measures with their meaning, the protocol of the scores, and where everything lies.
 
     Args:
         told: what scores.json holds.
@@ -196,9 +196,8 @@ def closing_summary(told: Mapping[str, Any], places: Mapping[str, str | Path]) -
     if told["general"]:
         lost = f"{told['general']['lost']:+.3f}"
         figures.add_row("general", Text(lost, style="bold"), Text("loss on a general text, ↓ is better", style="dim"))
-    labels = "; ".join(f"{name}: {value}" for name, value in short(told["labels"]).items())
     settings = ", ".join(f"{name}={value}" for name, value in told["protocol"].items())
-    return Group(figures, Text(labels), Text(f"protocol: {settings}\n", style="dim"), files)
+    return Group(figures, Text(f"protocol: {settings}\n", style="dim"), files)
 
 
 def compare_runs(names: Sequence[str], runs: Sequence[Mapping[str, Any]], *, width: int) -> Group:
@@ -232,7 +231,8 @@ def compare_runs(names: Sequence[str], runs: Sequence[Mapping[str, Any]], *, wid
         warning = "These runs do not measure the same: " + "; ".join(differences)
         pieces.insert(0, Text(warning, style="yellow"))
     table = comparison.as_table(comparison.rows_of_runs(names, runs), "At the end of the sequence")
-    return Group(*pieces, _task_comparison(names, runs), table)
+    labels = [f"{name}: {one_line(run.get('labels', {}))}" for name, run in zip(names, runs, strict=True)]
+    return Group(*pieces, _task_comparison(names, runs), table, Text("\n".join(labels), style="dim"))
 
 
 def _differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,6 +18,8 @@ from sapt_jax.state import is_leaf  # noqa: E402
 from tests.helpers.learned_runs import TASKS, make_base, make_config  # noqa: E402
 from tests.helpers.methods_page import rows  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROWS = rows()
 WRITERS = {
     "to-peft": lambda learned, weights, out: to_peft.write_mixture(learned, weights, out),

@@ -6,7 +6,7 @@ import pytest
 from sapt_jax.data.encoding import EncodedSplit, Ragged
 from sapt_jax.models.families import VARIANTS, make_model, parameters
 from sapt_jax.pet import Prompt
-from sapt_jax.results.labels import count_kept, format_bytes, short
+from sapt_jax.results.labels import count_kept, format_bytes, one_line, short
 from sapt_jax.state import Leaf
 from tests.helpers.tiny import tiny_method
 
@@ -56,6 +56,7 @@ def test_labels_are_short():
     changed = labels | {"needs_task_id": False, "routing": "oracle", "old_data": "authors'", "rows": 12}
     assert short(changed) == {"told the task": "oracle", "old data": "authors', 12 rows", "kept": "20 B"}
     assert set(short({}).values()) == {"–"}
+    assert one_line(changed) == "told the task: oracle; old data: authors', 12 rows; kept: 20 B"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,6 @@ def test_fifteen_tasks_fit(width):
 def test_closing_summary_shows_figures_protocol_and_places(tmp_path):
     told = {
         "summary": {"AP": 51.234, "F.Ra": 0.9, "FWT": None, "BWT": -0.57},
-        "labels": {"needs_task_id": False, "routing": "method", "old_data": "real", "rows": 7, "bytes": 1_234_567},
         "routing": {"accuracy": 0.875},
         "general": {"before": 3.0, "after": 3.0125, "lost": 0.0125},
         "protocol": {"dev_is_test": True},
@@ -91,7 +90,6 @@ def test_closing_summary_shows_figures_protocol_and_places(tmp_path):
     text = _show(terminal.closing_summary(told, {"scores": tmp_path / "s.json"}), width=300)
     for expected in ("51.23", "0.90", "-0.57", "87.5%", "+0.013", "dev_is_test=True", str(tmp_path / "s.json")):
         assert expected in text
-    assert "told the task: no; old data: real, 7 rows; kept: 1.23 MB" in text
     assert re.search(r"FWT\s+–", text)
 
 
@@ -116,6 +114,16 @@ def test_runs_of_different_protocols_are_told_apart():
     text = _show(terminal.compare_runs(("one", "two"), (_run(matrix), other), width=200), width=200)
     assert "protocol.references is best and first" in text
     assert "seeds.seed is 0 and 9" in text
+
+
+def test_runs_say_what_was_told_seen_and_kept():
+    matrix = _matrix(3)
+    labels = {"needs_task_id": True, "routing": "method", "old_data": "real", "rows": 7, "bytes": 1_234_567}
+    text = _show(
+        terminal.compare_runs(("one", "two"), (_run(matrix, labels=labels), _run(matrix)), width=120), width=120
+    )
+    assert "one: told the task: yes; old data: real, 7 rows; kept: 1.23 MB" in text
+    assert "two: told the task: –; old data: –; kept: –" in text
 
 
 def test_runs_of_different_orders_cannot_be_compared():
