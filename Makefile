@@ -6,14 +6,13 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 RUN = $(VENV)/bin/python -m
 DEMO_DATA = .demo-data
 DEMO_RUNS = runs/demo
+DEMO_ONLY = sapt-statistics/*/seed0,sequential/*/seed0,single_task/*/seed0
 
 .PHONY: demo demo-data test test-fast lint types install install-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo demo-data
-	$(RUN) sapt_jax.main --config=configs/demo.py --workdir=$(DEMO_RUNS)/sapt
-	$(RUN) sapt_jax.main --config=configs/demo.py --config.method=sequential --workdir=$(DEMO_RUNS)/sequential
-	$(RUN) sapt_jax.compare $(DEMO_RUNS)/sapt $(DEMO_RUNS)/sequential
+	$(RUN) sapt_jax.study --config=configs/studies/demo.py --workdir=$(DEMO_RUNS) --only='$(DEMO_ONLY)'
 
 # Pytest goes last: its closing line ends the output.
 test: lint types

@@ -1,7 +1,7 @@
 """Six short tasks on SmolLM2-135M; `make demo` runs it beside sequential LoRA and the single-task bound.
 
 python -m sapt_jax.main --config=configs/demo.py --workdir=runs/demo/sapt
-python -m sapt_jax.main --config=configs/demo.py --config.method=sequential --workdir=runs/demo/sequential
+python -m sapt_jax.main --config=configs/methods.py:name=sequential,of=demo --workdir=runs/demo/sequential
 """
 
 from sapt_jax.config import default_config

@@ -35,8 +35,8 @@ def _as_it_is(c: ConfigDict) -> Changes:
 
 
 def _replay(c: ConfigDict) -> Changes:
-    """Real rows where the other config has the authors' pools, which have no answers."""
-    return {"pseudo_samples.source": "train"} if c.pseudo_samples.source == "files" else {}
+    """Real rows where the other config has the authors' pools, which have no answers, or no rows at all."""
+    return {"pseudo_samples.source": "train"} if c.pseudo_samples.source in ("files", "statistics") else {}
 
 
 def _o_lora(c: ConfigDict) -> Changes:

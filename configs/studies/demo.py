@@ -4,12 +4,14 @@ python -m sapt_jax.study --config=configs/studies/demo.py --workdir=runs/studies
 """
 
 from configs import demo
-from configs.studies.methods import BOUND, LORA, PROMPTS, some
+from configs.methods import PRESETS
+from configs.studies.methods import some
 from sapt_jax.study.grid import make_study
 
 
 def get_config():
     c = demo.get_config()
-    methods = some("sapt-statistics", "sequential", "single_task") | LORA | BOUND | PROMPTS
-    methods |= some("sapt-generate", "sapt-train", "sapt-none")
+    first = ("sapt-statistics", "sequential", "single_task")
+    others = [name for name in PRESETS if name not in ("sapt", "sequential", "single_task")]
+    methods = some(c, *first, "sapt-generate", "sapt-train", "sapt-none", *others)
     return make_study(c, methods, {"order1": c.task_order}, seeds=(0, 1, 2))

@@ -16,4 +16,4 @@ def get_config():
     c.pseudo_samples.dir = "lora_gen_long_llama"
     c.eval.max_new_tokens = 8
     names = ("sapt-statistics", "sequential", "single_task", "epi", "o_lora")
-    return make_study(c, some(*names), {"order2": ",".join(TASK_ORDERS["long_mnli"][:8])}, seeds=(0,))
+    return make_study(c, some(c, *names), {"order2": ",".join(TASK_ORDERS["long_mnli"][:8])}, seeds=(0,))

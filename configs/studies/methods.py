@@ -1,28 +1,27 @@
 """Methods as studies name them: each a delta on the config that all runs of a study share."""
 
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.methods import PRESETS
+from sapt_jax.methods import METHODS
+
+SOURCES = ("statistics", "generate", "files", "train", "none")
 # By what stands for the inputs of earlier tasks in the reflection loss.
-SAPT = {
-    f"sapt-{source}": {"method": "sapt", "pseudo_samples.source": source}
-    for source in ("statistics", "generate", "files", "train", "none")
-}
-BOUND = {"single_task": {"method": "single_task"}}
-# Those that need no rows of earlier tasks.
-LORA = {
-    name: {"method": name}
-    for name in ("sequential", "inc_lora", "o_lora", "n_lora", "ella", "ewc", "slao", "epi", "any_ssr")
-}
-# Those whose blocks are prompts, at a rate that prompts want.
-PROMPTS = {
-    name: {"method": name, "pet.kind": "prompt", "optimizer.learning_rate": 3e-2} for name in ("l2p", "prog_prompt")
-}
+SAPT = {f"sapt-{source}": {"method": "sapt", "pseudo_samples.source": source} for source in SOURCES}
+# What the paper compares SAPT with, and the bound.
+PAPER = ("sapt-files", "sapt-statistics", "sapt-generate", "sequential", "single_task", "inc_lora", "o_lora", "epi")
+PAPER += ("replay", "l2p", "lfpt5", "prog_prompt")
 
 
-def some(*names: str) -> dict[str, dict]:
-    """These of the methods above, in this order."""
-    every = SAPT | BOUND | LORA | PROMPTS
-    return {name: every[name] for name in names}
+def some(c: ConfigDict, *names: str) -> dict[str, dict[str, Any]]:
+    """The deltas on `c` of methods of configs/methods.py that are there, and of SAPT by source, in this order."""
+    there = [name for name in names if name in SAPT or name in METHODS]
+    return {name: SAPT[name] if name in SAPT else _preset(c, name) for name in there}
 
 
-# What the paper compares SAPT with, as far as it needs no rows of earlier tasks.
-PAPER = some("sapt-files", "sapt-statistics", "sapt-generate", "sequential", "single_task", "inc_lora", "o_lora")
-PAPER |= some("epi", "l2p", "prog_prompt")
+def _preset(c: ConfigDict, name: str) -> dict[str, Any]:
+    # Rates that the config has for SAPT's selector are not those of others.
+    own = {"optimizer.rates": ((".*", 1.0),)} if name != "sapt" else {}
+    return {"method": name, **own, **PRESETS[name](c)}

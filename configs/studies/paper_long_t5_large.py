@@ -5,10 +5,11 @@ SAPT_DATA_DIR=/path/to/data python -m sapt_jax.study --config=configs/studies/pa
 """
 
 from configs import t5_large_long
-from configs.studies.methods import PAPER
+from configs.studies.methods import PAPER, some
 from sapt_jax.study.grid import make_study
 
 
 def get_config():
     c = t5_large_long.get_config()
-    return make_study(c, PAPER, {"long_mnli": "long_mnli", "long_yelp": "long_yelp"}, seeds=(42, 43, 44))
+    orders = {name: name for name in ("long_mnli", "long_yelp")}
+    return make_study(c, some(c, *PAPER), orders, seeds=(42, 43, 44))

@@ -13,6 +13,6 @@ from sapt_jax.study.grid import make_study
 def get_config():
     c = smollm2_superni.get_config()
     order = "task363,task591,task1687,task875,task073,task1510"
-    methods = some("sapt-statistics", "sequential", "single_task", "epi", "o_lora")
-    methods |= some("sapt-generate", "sapt-files", "sapt-none")
+    methods = some(c, "sapt-statistics", "sequential", "single_task", "epi", "o_lora", "gain_lora", "replay")
+    methods |= some(c, "sapt-generate", "sapt-files", "sapt-none")
     return make_study(c, methods, {"order1": order}, seeds=(0, 1, 2))
