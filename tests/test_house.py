@@ -38,7 +38,7 @@ LAYERS = (
     ("state", "sharding", "settings", "storage", "optimization"),
 )
 # These stand on everything; nothing but themselves imports them.
-ON_TOP = ("export", "convert", "tools", "results.report", "ask", "study")
+ON_TOP = ("export", "convert", "tools", "results.report", "ask", "predict", "serve", "study")
 
 
 def part_of(module):
