@@ -114,9 +114,18 @@ def make_apply(model: nn.Module) -> Apply:
     """`model.apply` on a base tree, as hooks are given it."""
     drops = getattr(model, "dropout", 0.0) > 0
 
-    def apply(base: Tree, *arguments: Any, method: str | None = None, rng: jax.Array | None = None) -> Any:
+    def apply(
+        base: Tree,
+        *arguments: Any,
+        method: str | None = None,
+        rng: jax.Array | None = None,
+        collect: str | None = None,
+    ) -> Any:
         rngs = {"dropout": rng} if drops and rng is not None else None
-        return model.apply({"params": base}, *arguments, method=method, rngs=rngs)
+        told = model.apply(
+            {"params": base}, *arguments, method=method, rngs=rngs, mutable=[collect] if collect else False
+        )
+        return told[1][collect] if collect else told
 
     return apply
 

@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from sapt_jax.models.kernels import causal_attention
 from sapt_jax.sharding import HIDDEN, KEY_VALUE, LOGITS, QUERY, STATES, constrain
 
+# What adapted projections say of their inputs where this collection is asked for: at PATH/input the sum over tokens of
+# x x^T [layers, D, D].
+MOMENTS = "moments"
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any, out_dtype: Any) -> jax.Array:
@@ -51,6 +55,20 @@ def lora_delta(x: jax.Array, block: dict[str, jax.Array], pet: Any, dtype: Any) 
     return matmul(z * pet.columns[:, None, :].astype(dtype), block["b"], dtype, dtype)
 
 
+def second_moment(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The sum [D, D] of x x^T over the tokens among x [B, L, D], in float32."""
+    x = jnp.where(tokens[..., None], x.astype(jnp.float32), 0.0)
+    return jnp.einsum("BLD,BLE->DE", x, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def input_of(site: tuple[str, ...]) -> tuple[str, ...]:
+    """A name, as a path, of what the projection at a path of the base tree reads; those that read the same share it."""
+    *module, name = site
+    if name in ("key", "value") and module[-1] == "encoder_decoder_attention":
+        return (*module, "encoded")
+    return (*module, "states" if name in ("query", "key", "value", "wi", "wi_0", "wi_1") else name)
+
+
 def drop(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
     """x, entries set to zero at `rate` and the others divided by 1 - rate, in a module applied with a "dropout" rng.
 
@@ -82,6 +100,8 @@ class Dense(nn.Module):
         y = matmul(x, kernel, self.dtype, self.dtype)
         if block is not None:
             y = y + lora_delta(x, block, pet, self.dtype)
+            if self.is_mutable_collection(MOMENTS):
+                self.sow(MOMENTS, "input", second_moment(x, pet.tokens), jnp.add, lambda: 0.0)
         return y
 
 
@@ -261,7 +281,7 @@ def scan_layers(block: type[nn.Module], length: int, in_axes: Any, remat: str) -
         block = nn.remat(block, prevent_cse=False, policy=_REMAT_POLICIES[remat])
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, MOMENTS: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,

@@ -14,7 +14,7 @@ from flax import struct
 from sapt_jax.models.layers import Attention, Embedding, GatedMlp, LogitsDense, RMSNorm, first_layers, part, scan_layers
 from sapt_jax.models.rope import rotate, rotations
 from sapt_jax.models.shapes import LlamaConfig
-from sapt_jax.pet import Mixture, layer_blocks, put_prompt_before
+from sapt_jax.pet import Mixture, at_tokens, layer_blocks, put_prompt_before
 from sapt_jax.sharding import CACHE, STATES, constrain
 
 ACTIVATIONS = {
@@ -187,7 +187,7 @@ class Llama(nn.Module):
         ids = jnp.concatenate([source, target[:, :-1]], axis=1)
         valid = jnp.concatenate([source_mask, target_mask[:, :-1]], axis=1)
         x, valid = put_prompt_before(pet, self.embed(ids), valid)
-        states, _, _ = self.decoder(x, positions_of(valid), valid, pet)
+        states, _, _ = self.decoder(x, positions_of(valid), valid, at_tokens(pet, valid))
         return self.logits(states[:, -target.shape[1] :])
 
     def prefill(

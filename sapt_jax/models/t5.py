@@ -26,7 +26,7 @@ from sapt_jax.models.layers import (
 )
 from sapt_jax.models.relative_bias import RelativeBias, look_up, relative_buckets
 from sapt_jax.models.shapes import T5Config
-from sapt_jax.pet import Mixture, layer_blocks, put_prompt_before
+from sapt_jax.pet import Mixture, at_tokens, layer_blocks, put_prompt_before
 from sapt_jax.sharding import CACHE, CROSS_CACHE, STATES, constrain
 
 START_ID = 0
@@ -163,7 +163,8 @@ class DecoderBlock(nn.Module):
         query = self.encoder_decoder_attention.project_query(h, cross_blocks, pet)
         projected = None
         if cross is None:
-            key, value = self.encoder_decoder_attention.project_key_value(encoded, cross_blocks, pet)
+            of_source = at_tokens(pet, source_mask[:, 0, 0])
+            key, value = self.encoder_decoder_attention.project_key_value(encoded, cross_blocks, of_source)
             projected = None if write is None else tuple(jnp.moveaxis(y, 1, -1) for y in (key, value))
         else:
             key, value = (jnp.moveaxis(y, -1, 1) for y in cross)
@@ -318,18 +319,16 @@ class T5(nn.Module):
 
         Args:
           source: [B, S] ids, right-padded; source_mask: [B, S] bool.
-          target: [B, L] ids, right-padded; target_mask: [B, L] bool, unused: no token sees the padding after
-            it.
+          target: [B, L] ids, right-padded; target_mask: [B, L] bool. No token sees the padding after it.
           pet: the mixture of PET blocks, or None.
 
         Returns:
           [B, L, V] float32; position j predicts target[:, j].
         """
-        del target_mask
         x, source_mask = put_prompt_before(pet, self.embed(source), source_mask)
-        encoded = self.encoder(x, source_mask, pet)
+        encoded = self.encoder(x, source_mask, at_tokens(pet, source_mask))
         shifted = jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=START_ID)
-        states, _, _ = self.decoder(self.embed(shifted), encoded, source_mask, pet)
+        states, _, _ = self.decoder(self.embed(shifted), encoded, source_mask, at_tokens(pet, target_mask))
         return self.logits(states)
 
     def prefill(

@@ -27,6 +27,7 @@ class Mixture(struct.PyTreeNode):
       prompt: [B, P, D], or None. P may be the length of several prompts in a row.
       prompt_mask: [B, P] bool, False on vectors that take no part, or None where all do. In T5 a distance counts all
         vectors between, so that those must lie to the left of all others.
+      tokens: [B, L] bool, True where the input of the layers at hand is of tokens, or None where nobody asks.
     """
 
     blocks: Any = None
@@ -34,6 +35,7 @@ class Mixture(struct.PyTreeNode):
     slot_columns: jax.Array | None = None
     prompt: jax.Array | None = None
     prompt_mask: jax.Array | None = None
+    tokens: jax.Array | None = None
 
     def for_answers(self, answers: int) -> "Mixture":
         """The mixture of a decode step with `answers` rows for each source; the prompt is in the cache by then."""
@@ -49,6 +51,11 @@ def layer_blocks(mixture: Mixture | None, *path: str) -> tuple[Any, Mixture | No
     for name in path:
         blocks = blocks.get(name) if blocks else None
     return blocks, mixture.replace(blocks=None)
+
+
+def at_tokens(mixture: Mixture | None, tokens: jax.Array) -> Mixture | None:
+    """The mixture for layers whose inputs are of these tokens [B, L]."""
+    return None if mixture is None else mixture.replace(tokens=tokens)
 
 
 def put_prompt_before(mixture: Mixture | None, embeddings: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
