@@ -22,7 +22,7 @@ from sapt_jax.data.stream import split_names
 from sapt_jax.evaluation import features_of, general_loss, test
 from sapt_jax.fit import fit
 from sapt_jax.methods.base import Samples, Seen
-from sapt_jax.passes import sum_batches
+from sapt_jax.passes import gather, sum_batches
 from sapt_jax.pseudo_samples import pools
 from sapt_jax.pseudo_samples.writer import make_writer, write_pool
 from sapt_jax.recorded_config import check_same_run, record_config, upgrade
@@ -104,10 +104,12 @@ def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
 
 def _begin(run: Run, frozen: Frozen, previous: Trainable | None, samples: Samples | None, index: int) -> Trainable:
     """What a task starts from."""
-    found = None
-    if run.method.pass_before:
-        found = _found(run, frozen, _totals(run, (frozen, previous), index, run.method.pass_before))
-    seen = Seen(_feature_rows(run, frozen.base, index), found, samples)
+    seen = Seen(_feature_rows(run, frozen.base, index), None, samples)
+    start = run.programs.begin_task(frozen, previous, seen, run.task(index))
+    if run.method.pass_before is None:
+        return start
+    totals = _totals(run, (frozen, start), index, run.method.pass_before)
+    seen = seen.replace(found=_found(run, frozen, totals, "summarise_before"))
     return run.programs.begin_task(frozen, previous, seen, run.task(index))
 
 
@@ -130,10 +132,10 @@ def _measure_after(run: Run, trees: tuple[Frozen, Trainable], index: int) -> Tre
     totals = _totals(run, trees, index, run.method.pass_after, run.method.rows_after)
     if run.method.features_after:
         totals["features"] = features_of(run, trees[0].base, run.stream.tasks[index].train)
-    return _found(run, trees[0], totals)
+    return _found(run, trees[0], totals, "summarise")
 
 
-def _totals(run: Run, trees: tuple[Frozen, Trainable | None], index: int, split: str, most: int = 0) -> Tree:
+def _totals(run: Run, trees: tuple[Frozen, Trainable], index: int, split: str, most: int = 0) -> Tree:
     """What the method adds up in one pass over a split of a task; without dev, over its training rows.
 
     Args:
@@ -148,10 +150,10 @@ def _totals(run: Run, trees: tuple[Frozen, Trainable | None], index: int, split:
     return sum_batches(lambda batch: run.programs.measure(*trees, batch, at), rows, run.layout, run.mesh)
 
 
-def _found(run: Run, frozen: Frozen, totals: Tree) -> Tree:
-    """What the method makes of what was added up, on every device."""
-    memory = jax.tree.map(np.asarray, frozen.memory) if run.method.uses("summarise") else None
-    found = run.method.summarise(memory, totals)
+def _found(run: Run, frozen: Frozen, totals: Tree, hook: str) -> Tree:
+    """What the method makes, by its hook `summarise` or `summarise_before`, of what was added up; on every device."""
+    memory = jax.tree.map(gather, frozen.memory) if run.method.uses(hook) else None
+    found = getattr(run.method, hook)(memory, totals)
     return sharding.replicate(jax.tree.map(lambda x: np.asarray(x, np.float32), found), run.mesh)
 
 

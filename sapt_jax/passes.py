@@ -32,10 +32,10 @@ def map_sources(
         placed = place_batch(named, mesh)
         outputs.append(function(placed["source"], placed["source_mask"]))
         rows.append(placed["rows"])
-    order = np.concatenate([_gather(own) for own in rows])
+    order = np.concatenate([gather(own) for own in rows])
     real = order != FILLER
     place = np.argsort(order[real])
-    return [np.concatenate([_gather(part) for part in parts])[real][place] for parts in zip(*outputs, strict=True)]
+    return [np.concatenate([gather(part) for part in parts])[real][place] for parts in zip(*outputs, strict=True)]
 
 
 def sum_batches(
@@ -56,10 +56,11 @@ def sum_batches(
     return total
 
 
-def _gather(rows: jax.Array | np.ndarray) -> np.ndarray:
+def gather(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole of an array whose parts lie on several processes, or every process's own numpy rows, in their order."""
     if jax.process_count() == 1:
-        return np.asarray(rows)
-    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def decode_texts(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:

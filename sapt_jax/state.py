@@ -182,6 +182,8 @@ def grow(frozen: Frozen, declared: Frozen) -> Frozen:
     """
 
     def append(array: jax.Array, leaf: Leaf) -> jax.Array:
+        if array.shape == leaf.shape:
+            return array
         return jnp.pad(array, [(0, new - old) for new, old in zip(leaf.shape, array.shape, strict=True)])
 
     return frozen.replace(

@@ -18,7 +18,8 @@ from sapt_jax.pet import Mixture, Pet
 from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
 
 # (base, *arguments, method=name of a method of the model, rng=key) -> what the model gives. A model that has dropout
-# drops only where it is given a key.
+# drops only where it is given a key. With collect=name it gives what its modules say under that name instead, such as
+# `layers.MOMENTS`.
 Apply = Callable[..., Any]
 Batch = Mapping[str, jax.Array]
 Logs = dict[str, jax.Array]
@@ -46,7 +47,7 @@ class Seen(struct.PyTreeNode):
 
     Attributes:
       features: [N, F] of training inputs, drawn with replacement, or None for a method that asks for no rows.
-      found: what `summarise` made of the pass before the task, or None without one.
+      found: what `summarise_before` made of the pass before the task, or None without one and until it was made.
       samples: of earlier tasks, or None.
     """
 
@@ -60,7 +61,8 @@ class Method(abc.ABC):
     """A method: how tasks begin, what is trained, how blocks are mixed, and what is kept.
 
     A subclass is a frozen dataclass whose fields, made by `settings.setting`, are its settings. All hooks are pure, and
-    all but `summarise` run under jit, with a traced task. One that a class does not define is no part of any program.
+    all but those that summarise run under jit, with a traced task. One that a class does not define is no part of any
+    program.
 
     Attributes:
       pet: the kind of block.
@@ -68,11 +70,12 @@ class Method(abc.ABC):
       only: the one kind of block that the method goes with, and why; None for any.
       needs_task_id: `Task.rows` is told at test time.
       mixing: what the weights are, for exporters: "sum" of all blocks, each at weight 1; "one" block, the bank's only;
-        SAPT's "attention" over task keys; or "routed", by default: anything else. A method with a `mixture` of its own
-        says "sum" or "one" where after a task it answers with these blocks of the bank alone.
+        SAPT's "attention" over task keys; "gated", each at a weight of its own; or "routed", by default: anything else.
+        A method with a `mixture` of its own says "sum" or "one" where after a task it answers with these blocks of the
+        bank alone.
       samples: what the method wants of earlier tasks: "inputs" for its penalty, "pairs" of inputs and answers for its
         batches, or None.
-      pass_before, pass_after: the split that `measure` reads before and after a task, or None.
+      pass_before, pass_after: the split that `measure` reads before a task's first step and after its last, or None.
       rows_before: training inputs whose features `begin_task` is given.
       rows_after: the most rows that the pass after a task reads, drawn from the split; 0 is all.
       features_after: `summarise` is also given the features of all training rows after a task.
@@ -84,7 +87,6 @@ class Method(abc.ABC):
     only: ClassVar[tuple[str, str] | None] = None
     needs_task_id: ClassVar[bool] = False
     mixing: ClassVar[str] = "routed"
-    pass_before: ClassVar[str | None] = None
     pass_after: ClassVar[str | None] = None
 
     def __post_init__(self):
@@ -100,6 +102,10 @@ class Method(abc.ABC):
 
     @property
     def samples(self) -> str | None:
+        return None
+
+    @property
+    def pass_before(self) -> str | None:
         return None
 
     @property
@@ -185,6 +191,9 @@ class Method(abc.ABC):
     ) -> Trainable:
         """Where a task starts: by default a fresh block, and the selector as the task before left it.
 
+        With a pass before the task it is called twice: without `seen.found`, for the tree that is measured, and with
+        it. Both times it is given the same random numbers.
+
         Args:
           leaves: declarations of the trainable tree.
           previous: what the task before ended with.
@@ -250,8 +259,12 @@ class Method(abc.ABC):
         """Sums over a batch's real rows; over a whole pass they are added up in float64 on the host."""
         raise NotImplementedError
 
+    def summarise_before(self, memory: Tree, totals: Tree) -> Tree:
+        """What the sums of the pass before a task say, as `summarise`, for `begin_task`."""
+        return totals
+
     def summarise(self, memory: Tree, totals: Tree) -> Tree:
-        """What the sums of a pass say, in float64 on the host, from numpy arrays; by default the sums themselves.
+        """What the sums of the pass after a task say, in float64 on the host, from numpy arrays; by default the sums.
 
         Args:
           memory: the method's memory before the task's end.
