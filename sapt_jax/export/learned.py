@@ -98,7 +98,7 @@ class Learned:
             raise ValueError(f"{len(weights)} weights for {len(self.slots)} blocks: give one for each of {names}")
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise ValueError(f"the weights {', '.join(map(str, weights))} must not be negative")
-        if mixing != "sum" and abs(sum(weights) - 1) > _SUM_TOLERANCE:
+        if mixing not in ("sum", "gated") and abs(sum(weights) - 1) > _SUM_TOLERANCE:
             raise ValueError(f"the weights sum to {sum(weights):g}, and must sum to 1")
         return np.asarray(weights, np.float32)
 

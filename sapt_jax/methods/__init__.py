@@ -19,6 +19,8 @@ NAMES = (
     "prog_prompt",
     "l2p",
     "any_ssr",
+    "inf_lora",
+    "gain_lora",
 )
 
 

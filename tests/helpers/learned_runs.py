@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sapt_jax.config import default_config, make_method
 from sapt_jax.decoding.answers import Ends, Search, make_generate
@@ -97,6 +98,14 @@ def make_rows(family, seed, rows=5):
     """Source and mask [B, L] of different lengths, padded as the family is; every row a mixture of its own."""
     make_batch = llama_reference.make_batch if family.startswith("llama") else t5_reference.make_batch
     return make_batch(seed, rows=rows)
+
+
+def llama_logits(folder, batch, adapter=None):
+    """Teacher-forced logits [B, L, V] of a transformers LLaMA in a folder, with an adapter of PEFT where given."""
+    model = llama_reference.transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = pytest.importorskip("peft").PeftModel.from_pretrained(model, adapter)
+    return llama_reference.reference_logits(model.eval(), batch)
 
 
 class Ours:
