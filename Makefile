@@ -13,6 +13,7 @@ DEMO_ONLY = sapt-statistics/*/seed0,sequential/*/seed0,single_task/*/seed0
 
 demo: $(VENV)/installed-demo demo-data
 	$(RUN) sapt_jax.study --config=configs/studies/demo.py --workdir=$(DEMO_RUNS) --only='$(DEMO_ONLY)'
+	$(RUN) sapt_jax.report $(DEMO_RUNS) --out=$(DEMO_RUNS)/report.html
 
 # Pytest goes last: its closing line ends the output.
 test: lint types

@@ -188,6 +188,7 @@ _TRAIN = {
     ),
     "patience": Setting(0, "Evaluations without a better score before a task ends; 0 never ends early.", NOT_NEGATIVE),
     "log_every_steps": Setting(10, "Steps of an interval of the curves.", POSITIVE, free=True),
+    "figures": Setting(True, "After each task, figures of the run so far as images in TensorBoard.", free=True),
     "checkpoint_every_steps": Setting(500, "Besides at every evaluation; 0 is never.", NOT_NEGATIVE, free=True),
     "profile_steps": Setting(
         (), "(first, last) step of every task trained that the profiler records; empty is none.", free=True

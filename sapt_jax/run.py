@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -24,9 +25,15 @@ from sapt_jax.pretrained.locate import resolve_path
 from sapt_jax.pretrained.tokenizer import Tokenizer, load_tokenizer
 from sapt_jax.programs import Programs, make_programs
 from sapt_jax.results.curves import RunLog
+from sapt_jax.results.figures.catalogue import figures_of
+from sapt_jax.results.figures.style import COLUMN
+from sapt_jax.results.record import read_record
 from sapt_jax.results.terminal import make_console
 from sapt_jax.state import Frozen, Task, Trainable, Tree
 from sapt_jax.storage import checkpoints
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What the curves of a run's own tasks are called.
 TRAIN = "train"
@@ -88,6 +95,10 @@ class Run:
         rows = slot_index(task_index if tested is None else tested) if told else None
         numbers = (task_index, slot_index(task_index), steps, rows)
         return sharding.replicate(Task(*(None if n is None else np.int32(n) for n in numbers)), self.mesh)
+
+    def figures(self, width: float = COLUMN) -> "dict[str, Figure]":
+        """Figures of what lies in the workdir so far, `width` inches wide, by name; a notebook shows each as it is."""
+        return {name: drawing.figure for name, drawing in figures_of(read_record(self.workdir), width)}
 
     @property
     def trainable_leaves(self) -> Trainable:

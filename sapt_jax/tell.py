@@ -17,7 +17,10 @@ from sapt_jax.pseudo_samples.pools import Pools, rows_kept
 from sapt_jax.pseudo_samples.writer import WRITER
 from sapt_jax.results import metrics, predictions, scores, terminal
 from sapt_jax.results.cautions import cautions
+from sapt_jax.results.figures import style
+from sapt_jax.results.figures.catalogue import figures_of
 from sapt_jax.results.labels import count_kept, one_line
+from sapt_jax.results.record import read_record
 from sapt_jax.results.references import References
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen
@@ -93,10 +96,14 @@ class Tale:
         row = [test.score for test in tests.seen]
         self.matrix = metrics.with_row(self.matrix, task_index, row)
         self.moved = metrics.with_row(self.moved, task_index, self._moved(task_index, frozen))
+        new = False
         if self.results == run.workdir:
             # Beside it lie the scores of another way to test, which are no part of the curves.
-            run.log.log("scores", task_index=task_index, task=names[task_index], step=0, scores=row)
+            new = run.log.log("scores", task_index=task_index, task=names[task_index], step=0, scores=row)
         told = self._write(tests, pools, frozen)
+        if new and run.config.train.figures:
+            images = ((name, style.image(drawing)) for name, drawing in figures_of(read_record(run.workdir)))
+            run.log.show(task_index, names[task_index], images)
         title, width = f"Scores, {run.config.method}", run.console.width
         run.console.print(terminal.score_table(self.matrix, names, told["metric_per_task"], title=title, width=width))
         run.console.print(f" {one_line(told['labels'])}", style="dim")

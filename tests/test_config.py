@@ -58,7 +58,7 @@ CHOICES = {
 }
 FREE = {
     "task_order", "disabled_tasks", "data_dir", "data.prefetch_threads", "data.prefetch_batches", "model.remat",
-    "model.attention", "train.log_every_steps", "train.checkpoint_every_steps", "train.profile_steps",
+    "model.attention", "train.log_every_steps", "train.figures", "train.checkpoint_every_steps", "train.profile_steps",
     "eval.batch_size", "eval.unseen_tasks", "eval.single_task_runs", "eval.routing", "eval.joint_run", "eval.general",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules",
     "own_dir", "compilation_cache",

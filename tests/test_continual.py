@@ -60,7 +60,8 @@ def test_forward_transfer_compares_with_a_run_of_every_task_alone(tmp_path):
 def finished(data_dir, tmp_path_factory):
     """A whole run that nothing interrupted: (workdir, scores)."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, continual.run(tiny_config(data_dir, **{"train.checkpoint_every_steps": 2}), workdir)
+    overrides = {"train.checkpoint_every_steps": 2, "train.figures": True}
+    return workdir, continual.run(tiny_config(data_dir, **overrides), workdir)
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -79,7 +80,8 @@ def test_a_run_leaves_what_it_promises(finished):
         np.testing.assert_allclose(sum(row["attention_weights"]), 1.0, atol=1e-5)
     kinds = {json.loads(line)["kind"] for line in (workdir / "metrics.jsonl").read_text().splitlines()}
     assert kinds == {"train", "dev", "scores"}
-    assert list((workdir / "tensorboard").glob("00-shout/*"))
+    (events,) = (workdir / "tensorboard").glob("02-first/*")
+    assert b"figures/score_matrix" in events.read_bytes() and b"figures/attention_at_test" in events.read_bytes()
 
 
 def test_earlier_slots_stay_as_committed(finished):

@@ -38,7 +38,7 @@ LAYERS = (
     ("state", "sharding", "settings", "storage", "optimization"),
 )
 # These stand on everything; nothing but themselves imports them.
-ON_TOP = ("export", "convert", "tools", "results.report", "ask", "predict", "serve", "study")
+ON_TOP = ("export", "convert", "tools", "report", "ask", "predict", "serve", "study")
 
 
 def part_of(module):
@@ -107,9 +107,7 @@ def test_every_module_has_a_place():
     placed = [name for layer in LAYERS for name in layer] + list(ON_TOP)
     assert len(placed) == len(set(placed))
     parts = {part_of(module) for module in MODULES} - {""}
-    assert parts - set(placed) == set()
-    # Not yet there is the report alone.
-    assert set(placed) - parts <= {"results.report"}
+    assert parts == set(placed)
 
 
 def test_no_import_runs_upwards():
@@ -123,7 +121,7 @@ def test_layers_tell_up_from_down():
     assert runs_upwards("storage", "programs") and not runs_upwards("programs", "storage")
     assert runs_upwards("main", "tools") and not runs_upwards("tools", "main")
     assert not runs_upwards("fit", "run")
-    assert part_of("sapt_jax.results.report.page") == "results.report" != part_of("sapt_jax.results.scores")
+    assert part_of("sapt_jax.report.page") == "report" != part_of("sapt_jax.results.scores")
 
 
 def test_no_file_is_long():

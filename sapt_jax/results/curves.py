@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from sapt_jax.storage.paths import as_path, is_remote
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
@@ -53,8 +54,8 @@ class RunLog:
             self._lines += lines
             logging.getLogger(__name__).warning("%s: no TensorBoard events in an object store.", workdir)
 
-    def log(self, kind: str, *, task_index: int, task: str, step: int, **numbers: Any) -> None:
-        """Appends one record.
+    def log(self, kind: str, *, task_index: int, task: str, step: int, **numbers: Any) -> bool:
+        """Appends one record, and says whether it is new.
 
         Args:
             kind: what was measured, such as "train", "dev" or "scores"; the prefix of its TensorBoard tags.
@@ -64,17 +65,25 @@ class RunLog:
         """
         record = {"kind": kind, "task_index": task_index, "task": task, "step": step, **to_jsonable(numbers)}
         if not self._is_writer or _key(record) in self._logged:
-            return
+            return False
         self._logged.add(_key(record))
         line = json.dumps(record, allow_nan=False) + "\n"
         if self._lines is not None:
             self._lines.append(line)
-            return
+            return True
         self._out.write(line)
         self._out.flush()
         writer = self._writer(task_index, task)
         for tag, value in _curves(kind, {key: record[key] for key in numbers}):
             writer.add_scalar(tag, value, step)
+        return True
+
+    def show(self, task_index: int, task: str, images: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Puts images [H, W, 3] uint8 beside a task's curves, as figures/NAME; where none are kept, none are made."""
+        if self._is_writer and self._lines is None:
+            writer = self._writer(task_index, task)
+            for name, pixels in images:
+                writer.add_image(f"figures/{name}", pixels, 0, dataformats="HWC")
 
     def flush(self) -> None:
         """Brings what was logged into the file; before a checkpoint, so that a resumed run finds its curves."""

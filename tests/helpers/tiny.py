@@ -62,6 +62,7 @@ def tiny_config(data_dir: str | Path, **overrides: Any) -> ConfigDict:
     c.train.eval_every_epochs = 1
     c.train.log_every_steps = 2
     c.train.checkpoint_every_steps = 0
+    c.train.figures = False
     c.optimizer.learning_rate = 1e-2
     c.eval.batch_size = 8
     c.eval.max_new_tokens = 8
