@@ -9,6 +9,7 @@ from sapt_jax.config import SETTINGS
 from sapt_jax.methods import METHODS
 from sapt_jax.report.told import model_name, settings_of
 from sapt_jax.results.figures.comparison import Group
+from sapt_jax.results.figures.style import shorten
 from sapt_jax.results.record import Record, is_workdir, read_record
 from sapt_jax.storage.paths import as_path
 
@@ -58,13 +59,17 @@ def _names(paths: Sequence[str]) -> list[str]:
 def group_runs(records: Sequence[Record]) -> list[Group]:
     """Runs that differ in their seed alone, together; each group is called by what tells it from the others."""
     settings = [settings_of(record) for record in records]
-    differing = [name for name in _telling(settings) if len({repr(each.get(name)) for each in settings}) > 1]
+    differing = _differing(settings)
     grouped: dict[tuple[Any, ...], list[int]] = {}
     for place, (record, each) in enumerate(zip(records, settings, strict=True)):
         key = (record.method, model_name(each), record.tasks, *(repr(each.get(name)) for name in differing))
         grouped.setdefault(key, []).append(place)
     several_models = len({key[1] for key in grouped}) > 1
-    labels = [(_label(records[at[0]], settings[at[0]], differing), key[1]) for key, at in grouped.items()]
+    labels = []
+    for key, at in grouped.items():
+        # What another method needs is no part of this one's name.
+        alike = _differing([each for each in settings if each.get("method") == settings[at[0]].get("method")])
+        labels.append((_label(records[at[0]], settings[at[0]], alike), key[1]))
     groups = []
     for places, (label, model) in zip(grouped.values(), labels, strict=True):
         if labels.count((label, model)) > 1:
@@ -74,6 +79,10 @@ def group_runs(records: Sequence[Record]) -> list[Group]:
         runs = tuple(records[place] for place in places)
         groups.append(Group(f"{label}, {model}" if several_models else label, label, model, runs))
     return groups
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in _telling(settings) if len({repr(each.get(name)) for each in settings}) > 1]
 
 
 def _telling(settings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -90,7 +99,7 @@ def _label(record: Record, settings: Mapping[str, Any], differing: Sequence[str]
     """The method, and what of its settings is not the default where runs differ."""
     others = tuple(f"{name}." for name in METHODS if name != record.method)
     told = [
-        f"{name.removeprefix(record.method + '.')}={settings[name]}"
+        f"{name.removeprefix(record.method + '.')}={shorten(str(settings[name]), 24)}"
         for name in differing
         if name in settings and not name.startswith(others) and settings[name] != SETTINGS[name].default
     ]
