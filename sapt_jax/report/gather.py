@@ -99,7 +99,7 @@ def _label(record: Record, settings: Mapping[str, Any], differing: Sequence[str]
     """The method, and what of its settings is not the default where runs differ."""
     others = tuple(f"{name}." for name in METHODS if name != record.method)
     told = [
-        f"{name.removeprefix(record.method + '.')}={shorten(str(settings[name]), 24)}"
+        f"{name.rsplit('.', 1)[-1]}={shorten(str(settings[name]), 24)}"
         for name in differing
         if name in settings and not name.startswith(others) and settings[name] != SETTINGS[name].default
     ]
