@@ -132,17 +132,11 @@ def read_model(config: ConfigDict) -> tuple[nn.Module, Tokenizer]:
     model = make_model(shape, options.dtype, options.remat, options.attention, options.dropout)
     # What blocks go on is known before data is read.
     make_method(config).trainable_leaves(parameters(model))
-    tokenizer = load_tokenizer(options.tokenizer or resolve_path(options.path))
+    tokenizer = load_tokenizer(options.tokenizer or resolve_path(options.path)).within(shape.vocab_size)
     if config.data.pad_with_bos:
         if tokenizer.bos_id is None:
             raise ValueError("config.data.pad_with_bos: the tokenizer has no beginning token; set it to False.")
         tokenizer = dataclasses.replace(tokenizer, pad_id=tokenizer.bos_id)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {shape.vocab_size} rows: "
-            "config.model.tokenizer must be the one that the model was trained with."
-        )
-    # The first step of a search has twice as many candidates of one beam.
     if 2 * config.eval.beams > shape.vocab_size:
         raise ValueError(
             f"config.eval.beams={config.eval.beams} must be at most {shape.vocab_size // 2}, half of the model's "

@@ -60,17 +60,28 @@ def llama_config_from_hf(config: Mapping[str, Any], where: str = "config.json") 
             raise ValueError(f"{where}: {flag}=true is not supported; LLaMA's own checkpoints have no biases.")
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
+    if not _is_positive(theta):
+        raise ValueError(f"{where}: rope_theta must be a positive number, not {theta!r:.60}.")
     kind = rope.get("rope_type", rope.pop("type", "default"))
     _check_rope(kind, rope, where)
     rope["rope_type"] = kind
     heads = config["num_attention_heads"]
+    kv_heads, head_dim = (
+        config.get("num_key_value_heads", heads),
+        config.get("head_dim", config["hidden_size"] // heads),
+    )
+    if heads % kv_heads or not head_dim or head_dim % 2:
+        raise ValueError(
+            f"{where}: {heads} heads of width {head_dim} with {kv_heads} for keys do not go together: the width must "
+            "be even, and the heads a multiple of those for keys. Take the config.json that came with the weights."
+        )
     return LlamaConfig(
         vocab_size=config["vocab_size"],
         d_model=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim", config["hidden_size"] // heads),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         d_ff=config["intermediate_size"],
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=float(theta),
@@ -81,11 +92,43 @@ def llama_config_from_hf(config: Mapping[str, Any], where: str = "config.json") 
     )
 
 
+# Fields that count something -> the most that any model comes near to. Arrays and layers are made of them.
+_MOST = {"vocab_size": 10**7, "num_layers": 10**4, "num_hidden_layers": 10**4, "num_decoder_layers": 10**4}
+_MOST |= dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "d_ff"), 10**6)
+_MOST |= dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "head_dim", "d_kv"), 10**5)
+_MOST |= {"relative_attention_num_buckets": 10**5, "relative_attention_max_distance": 10**9}
+_MOST |= {"max_position_embeddings": 10**9}
+_NUMBERS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "is_gated_act", "scale_decoder_outputs")
+_TEXTS = ("hidden_act", "feed_forward_proj", "dense_act_fn")
+
+
 def _given(config: Mapping[str, Any], where: str, needed: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that are there and not null, of the types and sizes that they must have."""
     given = {name: value for name, value in config.items() if value is not None}
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{where}: missing {', '.join(missing)}. Take the config.json that came with the weights.")
+    for name, value in given.items():
+        if name in _MOST and not (type(value) is int and 1 <= value <= _MOST[name]):
+            wanted = f"a whole number from 1 to {_MOST[name]}"
+        elif name in _NUMBERS and not _is_positive(value):
+            wanted = "a positive number"
+        elif name in _FLAGS and not isinstance(value, bool):
+            wanted = "true or false"
+        elif name in _TEXTS and not isinstance(value, str):
+            wanted = "a string"
+        elif name in ("rope_scaling", "rope_parameters") and not isinstance(value, Mapping):
+            wanted = "an object"
+        else:
+            continue
+        raise ValueError(
+            f"{where}: {name} must be {wanted}, not {value!r:.60}. Take the config.json that came with the weights."
+        )
     return given
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _known(value: str, field: str, known: tuple[str, ...], where: str) -> str:
@@ -95,9 +138,13 @@ def _known(value: str, field: str, known: tuple[str, ...], where: str) -> str:
 
 
 def _check_rope(kind: str, rope: Mapping[str, Any], where: str) -> None:
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ValueError(f"{where}: rope scaling {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}.")
     given = {name for name, value in rope.items() if value is not None and name != "rope_type"}
+    if wrong := sorted(name for name in given if not _is_positive(rope[name])):
+        raise ValueError(
+            f"{where}: {wrong[0]} of the rope scaling must be a positive number, not {rope[wrong[0]]!r:.60}."
+        )
     if lacking := [name for name in ROPE_TYPES[kind] if name not in given]:
         raise ValueError(f"{where}: rope scaling {kind!r} lacks {', '.join(lacking)}.")
     if unknown := sorted(given - {*ROPE_OPTIONS, *(name for needed in ROPE_TYPES.values() for name in needed)}):
@@ -200,8 +247,9 @@ LLAMA_VARIANTS = {
 class T5Config:
     """Shape of a T5-family encoder-decoder.
 
-    `tie_embeddings` also scales the decoder's output by d_model**-0.5, as every tied T5 does. With `bias_per_layer`
-    each layer has its own relative position bias (umt5, and T5X's scanned models), else a stack's layers share one.
+    `scale_outputs` multiplies the decoder's output by d_model**-0.5; None does so where embeddings are tied. With
+    `bias_per_layer` each layer has its own relative position bias (umt5, and T5X's scanned models), else a stack's
+    layers share one.
     """
 
     vocab_size: int
@@ -218,6 +266,7 @@ class T5Config:
     relative_max_distance: int
     tie_embeddings: bool
     bias_per_layer: bool = False
+    scale_outputs: bool | None = None
 
 
 def t5_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> T5Config:
@@ -243,6 +292,8 @@ def t5_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> 
             f"{where}: decoder_start_token_id is {config['decoder_start_token_id']}; this T5 starts its answers with 0."
         )
     activation, gated = _t5_mlp(config, where)
+    tied = config.get("tie_word_embeddings", True)
+    scaled = config.get("scale_decoder_outputs", tied)
     return T5Config(
         vocab_size=config["vocab_size"],
         d_model=config["d_model"],
@@ -256,8 +307,9 @@ def t5_config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> 
         norm_eps=config.get("layer_norm_epsilon", 1e-6),
         relative_buckets=config.get("relative_attention_num_buckets", 32),
         relative_max_distance=config.get("relative_attention_max_distance", 128),
-        tie_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tie_embeddings=tied,
         bias_per_layer=kind == "umt5",
+        scale_outputs=None if scaled == tied else scaled,
     )
 
 

@@ -303,9 +303,10 @@ class T5(nn.Module):
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Normed decoder states [B, L, D] -> [B, L, V] float32."""
-        if self.config.tie_embeddings:
-            return self.token_embedder.attend(states * self.config.d_model**-0.5)
-        return self.decoder.logits_dense(states)
+        c = self.config
+        if c.tie_embeddings if c.scale_outputs is None else c.scale_outputs:
+            states = states * c.d_model**-0.5
+        return self.token_embedder.attend(states) if c.tie_embeddings else self.decoder.logits_dense(states)
 
     def __call__(
         self,

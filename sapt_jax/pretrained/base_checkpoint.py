@@ -39,7 +39,7 @@ def open_params(folder: Path) -> ArraySource:
         raise ValueError(
             f"{folder / PARAMS} holds no arrays in Zarr's format: write it with python -m sapt_jax.convert from-hf"
         )
-    stores = zarr_arrays.open_arrays(arrays, fill_missing=False)
+    stores = zarr_arrays.open_arrays(arrays)
     return ArraySource(str(folder), {name: zarr_arrays.Lazy(store) for name, store in stores.items()})
 
 

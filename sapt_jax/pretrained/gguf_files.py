@@ -3,7 +3,9 @@
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,59 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 # What llama.cpp takes where a file has no llama.rope.freq_base, as those of LLaMA 1 and 2 have none.
 _ROPE_BASE = 10000.0
 _VALUES_AT_ONCE = 2**20
+_PART = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
-def open_gguf(file: Path) -> gguf.GGUFReader:
-    """Opens a GGUF file, memory-mapped. Parsing the vocabulary takes seconds, so the last reader is kept.
+@dataclasses.dataclass(frozen=True, eq=False)
+class GGUFFile:
+    """A model in GGUF.
+
+    Attributes:
+      first: the file, or the first of its parts, which has the metadata.
+      tensors: of all parts.
+    """
+
+    first: gguf.GGUFReader
+    tensors: list[gguf.ReaderTensor]
+
+
+def open_gguf(file: Path) -> GGUFFile:
+    """Opens a GGUF file, memory-mapped, with all the parts beside it where it is one of several.
+
+    Parsing the vocabulary takes seconds, so the last model is kept.
 
     Raises:
-      ValueError: it is not a GGUF file.
+      ValueError: it is not a GGUF file, or its parts do not make up a model.
+      FileNotFoundError: another part is missing.
     """
     return _open(file.resolve(), file.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
-def _open(file: Path, _modified: int) -> gguf.GGUFReader:
+def _open(file: Path, _modified: int) -> GGUFFile:
+    reader = _read(file)
+    field = reader.get_field("split.count")
+    count = 1 if field is None else field.contents()
+    if count == 1:
+        return GGUFFile(reader, reader.tensors)
+    match = _PART.fullmatch(file.name)
+    if match is None or int(match["count"]) != count:
+        raise ValueError(
+            f"{file} is one of {count} parts, and is not called NAME-00001-of-{count:05}.gguf as they are: give it "
+            "its name back, or make one file of them with llama.cpp's llama-gguf-split --merge"
+        )
+    parts = [file.with_name(f"{match['name']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    if absent := [part.name for part in parts if not part.is_file()]:
+        raise FileNotFoundError(f"{file} is one of {count} parts; {', '.join(absent)} must lie beside it: fetch it too")
+    readers = [reader if part == file else _read(part) for part in parts]
+    tensors = [tensor for one in readers for tensor in one.tensors]
+    wanted = readers[0].get_field("split.tensors.count")
+    if wanted is not None and wanted.contents() != len(tensors):
+        raise ValueError(f"{file}: its parts hold {len(tensors)} tensors of {wanted.contents()}: fetch them anew")
+    return GGUFFile(readers[0], tensors)
+
+
+def _read(file: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(file)
     except Exception as error:
@@ -91,16 +133,18 @@ def read_config(file: Path) -> dict[str, Any]:
     for key in ("llama.expert_count", "llama.attention.sliding_window"):
         if metadata.get(key):
             raise ValueError(f"{file} sets {key} = {metadata.get(key)}, which this LLaMA does not have")
-    shapes = {tensor.name: [int(size) for size in tensor.shape[::-1]] for tensor in metadata.reader.tensors}
+    shapes = {tensor.name: [int(size) for size in tensor.shape[::-1]] for tensor in metadata.tensors}
     if "token_embd.weight" not in shapes:
         raise ValueError(f"{file} has no tensor token_embd.weight: it holds no language model")
     heads = metadata.count("llama.attention.head_count")
-    width = metadata.need("llama.embedding_length")
-    head_dim = metadata.get("llama.attention.key_length", width // heads)
+    width = metadata.count("llama.embedding_length")
+    head_dim = metadata.count("llama.attention.key_length", width // heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if metadata.get(key, head_dim) != head_dim:
             raise ValueError(f"{file}: {key} = {metadata.get(key)} differs from the head width {head_dim}")
     theta = metadata.get("llama.rope.freq_base", _ROPE_BASE)
+    if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+        raise ValueError(f"{file}: llama.rope.freq_base must be a positive number, not {theta!r:.60}")
     config = {
         "model_type": "llama",
         "vocab_size": shapes["token_embd.weight"][0],
@@ -127,7 +171,8 @@ class Metadata:
 
     def __init__(self, file: Path):
         self.file = file
-        self.reader = open_gguf(file)
+        opened = open_gguf(file)
+        self.reader, self.tensors = opened.first, opened.tensors
 
     def get(self, key: str, default: Any = None) -> Any:
         """Returns the value, or the default where the file lacks the key."""
@@ -144,11 +189,12 @@ class Metadata:
     def count(self, key: str, default: int | None = None) -> int:
         """Returns a count that may be stored once or for each layer; layers that differ are a ValueError."""
         value = self.need(key) if default is None else self.get(key, default)
-        if not isinstance(value, list):
-            return value
-        if len(set(value)) != 1:
+        if isinstance(value, list) and len({str(one) for one in value}) != 1:
             raise ValueError(f"{self.file}: {key} differs between layers ({value}), which this LLaMA does not have")
-        return value[0]
+        value = value[0] if isinstance(value, list) else value
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{self.file}: {key} must be a positive whole number, not {value!r:.60}")
+        return value
 
     def under(self, prefix: str) -> dict[str, Any]:
         """Returns the values whose key starts with the prefix, by the rest of the key."""
@@ -157,7 +203,7 @@ class Metadata:
 
 
 def _rope_scaling(metadata: Metadata, theta: float, head_dim: int) -> dict[str, Any] | None:
-    frequencies = [tensor for tensor in metadata.reader.tensors if tensor.name == "rope_freqs.weight"]
+    frequencies = [tensor for tensor in metadata.tensors if tensor.name == "rope_freqs.weight"]
     fields = metadata.under("llama.rope.scaling.")
     fields.pop("finetuned", None)
     kind = fields.pop("type", "none")

@@ -1,6 +1,7 @@
 """Rebuilds a tokenizer from the vocabulary inside a GGUF file."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import gguf
@@ -23,6 +24,8 @@ _SPLITS = {
     "llama-bpe": (_LLAMA3,),
 }
 _SPLITS |= {"gpt2": _SPLITS["gpt-2"], "llama3": _SPLITS["llama-bpe"], "llama-v3": _SPLITS["llama-bpe"]}
+# How LLaMA 3's own vocabulary is known.
+_LLAMA3_SIZE, _LLAMA3_BOS = 128256, (128000, "<|begin_of_text|>")
 # Families that merge only what is not a token already, and want a bos unless told otherwise.
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
@@ -48,7 +51,12 @@ def read(file: Path) -> Vocabulary:
     """
     metadata = Metadata(file)
     kind = metadata.need("tokenizer.ggml.model")
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    tokens = metadata.need("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{file}: tokenizer.ggml.tokens is no list of texts: convert the model again with llama.cpp")
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        pre = _without_pre(file, tokens) if kind == "gpt2" else "default"
     if kind == "gpt2":
         model: Tokenizer | sentencepiece.SentencePieceProcessor = _byte_level_bpe(metadata, pre)
         wants_bos = pre in _LLAMA3_NAMES
@@ -59,13 +67,26 @@ def read(file: Path) -> Vocabulary:
     ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "eos", "bos")}
     return Vocabulary(
         model=model,
-        size=len(metadata.need("tokenizer.ggml.tokens")),
+        size=len(tokens),
         pad_id=ids["padding"],
         eos_id=ids["eos"],
         bos_id=ids["bos"],
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", wants_bos and ids["bos"] is not None),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
+
+
+def _without_pre(file: Path, tokens: list[str]) -> str:
+    """The pre-tokenizer of a file that names none, as llama.cpp's converter wrote them until spring 2024."""
+    if len(tokens) == _LLAMA3_SIZE and tokens[_LLAMA3_BOS[0]] == _LLAMA3_BOS[1]:
+        return "llama-bpe"
+    logging.getLogger(__name__).warning(
+        "%s has no metadata field tokenizer.ggml.pre: texts are split as llama.cpp does without it, which may not be "
+        "as the model was trained. Convert the model again, or set config.model.tokenizer to the folder that it was "
+        "made from.",
+        file,
+    )
+    return "default"
 
 
 def _byte_level_bpe(metadata: Metadata, pre: str) -> Tokenizer:

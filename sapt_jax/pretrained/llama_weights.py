@@ -1,5 +1,6 @@
 """Rule tables of the LLaMA family: Hugging Face's names and llama.cpp's."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,10 +23,10 @@ def hf_table(config: Mapping[str, Any]) -> Table:
     """
     attention, mlp = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp"
     ignore = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq"]
-    if config.get("tie_word_embeddings", False):
-        ignore.append(r"lm_head\.weight")
+    tied = ("lm_head.weight",) if config.get("tie_word_embeddings", False) else ()
+    ignore += map(re.escape, tied)
     rules = (
-        Rule("token_embedder/embedding", "model.embed_tokens.weight"),
+        Rule("token_embedder/embedding", "model.embed_tokens.weight", other_names=tied),
         Rule(f"{_LAYERS}/pre_self_attention_layer_norm/scale", "model.layers.{layer}.input_layernorm.weight"),
         Rule(f"{_LAYERS}/self_attention/query/kernel", f"{attention}.q_proj.weight", _TRANSPOSE),
         Rule(f"{_LAYERS}/self_attention/key/kernel", f"{attention}.k_proj.weight", _TRANSPOSE),

@@ -6,6 +6,7 @@ what is missing, unused or of the wrong shape is reported together, before a sin
 
 import dataclasses
 import re
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -60,12 +61,15 @@ class Rule:
         layer, and `axes` and `order` speak of a single layer.
       axes: ours is the foreign tensor transposed by these axes; None keeps them.
       order: ours is the foreign tensor with its axis 0 in this order (before `axes`); None keeps it.
+      other_names: what the foreign tensor may be called instead; a source that holds none of tensors which share
+        memory but one may have kept any.
     """
 
     path: str
     name: str
     axes: tuple[int, ...] | None = None
     order: np.ndarray | None = None
+    other_names: tuple[str, ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -115,8 +119,13 @@ class Table:
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
 
-    def by_path(self) -> dict[str, Rule]:
-        return {rule.path: rule for rule in self.rules}
+    def by_path(self, stored: Mapping[str, Any] = types.MappingProxyType({})) -> dict[str, Rule]:
+        """The rules, each under the name that a source has, where it may have several."""
+        rules = {}
+        for rule in self.rules:
+            others = [] if rule.name in stored else [name for name in rule.other_names if name in stored]
+            rules[rule.path] = dataclasses.replace(rule, name=others[0]) if others else rule
+        return rules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,7 +171,7 @@ def check(source: Source, table: Table, shapes: Mapping[str, Sequence[int]]) -> 
       ValueError: lists every key that is missing, unused or mis-shaped, and names the source.
     """
     stored = source.shapes()
-    rules = table.by_path()
+    rules = table.by_path(stored)
     missing, misshaped, used = [], [], set()
     for path, shape in shapes.items():
         if path not in rules:
@@ -208,7 +217,7 @@ def open_parameters(source: Source, table: Table, target: Mapping[str, Any]) -> 
     """
     leaves = flax.traverse_util.flatten_dict(target, sep="/")
     check(source, table, {path: leaf.shape for path, leaf in leaves.items()})
-    rules = table.by_path()
+    rules = table.by_path(source.shapes())
     return {
         path: Parameter(source, rules[path], tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()
     }
@@ -308,4 +317,12 @@ def _bounds(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, in
 
 
 def _read(source: Source, rule: Rule, name: str, bound: Sequence[tuple[int, int]]) -> np.ndarray:
-    return rule.to_ours(source.read(name, rule.foreign_index([slice(*ends) for ends in bound])))
+    part = source.read(name, rule.foreign_index([slice(*ends) for ends in bound]))
+    if not jnp.issubdtype(part.dtype, jnp.floating):
+        raise ValueError(
+            f"{source.label}: tensor {name} is of type {part.dtype}: whole numbers are weights only with scales that "
+            "are not read here. Give the weights as they were before they were quantised."
+        )
+    if not np.isfinite(part).all():
+        raise ValueError(f"{source.label}: tensor {name} holds NaN or infinite weights. Fetch or save the model anew.")
+    return rule.to_ours(part)

@@ -12,6 +12,7 @@ MODEL_TYPES = ("t5", "mt5", "umt5")
 _TRANSPOSE = (1, 0)
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _HEAD, _EMBEDDING = "lm_head.weight", "shared.weight"
+_EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _COMPARED_ROWS = 1024
 # In the order of a layer: our attention or MLP, the norm before it, and the attention's name in transformers.
 _STACKS = {
@@ -33,7 +34,8 @@ def hf_table(config: Mapping[str, Any]) -> Table:
     Args:
       config: the contents of config.json, as `settle_tie` returns it.
     """
-    rules = [Rule("token_embedder/embedding", _EMBEDDING)]
+    tied = (_HEAD,) if config["tie_word_embeddings"] else ()
+    rules = [Rule("token_embedder/embedding", _EMBEDDING, other_names=(*_EMBEDDING_COPIES, *tied))]
     for stack, sublayers in _STACKS.items():
         rules += _hf_stack(stack, sublayers, per_layer=config["model_type"] == "umt5")
     rules.append(Rule("decoder/logits_dense/kernel", _HEAD, _TRANSPOSE))
@@ -78,7 +80,7 @@ def _hf_stack(stack: str, sublayers: tuple[tuple[str, str, str], ...], per_layer
 
 
 def settle_tie(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Returns config.json with `tie_word_embeddings` as the weights have it.
+    """Returns config.json with `tie_word_embeddings` as the weights have it, and whether outputs are scaled.
 
     Transformers 5 writes true for every T5. The head is tied where there is none, or where it is a copy of
     the embedding.
@@ -87,20 +89,17 @@ def settle_tie(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
       config: the contents of config.json.
       source: the folder's weights.
 
-    Raises:
-      ValueError: the head is tied, but the config says that the logits are not scaled as a tied T5's are.
     """
     shapes = source.shapes()
-    tied = _HEAD not in shapes
-    if not tied and _EMBEDDING in shapes and shapes[_HEAD] == shapes[_EMBEDDING]:
+    table = next((name for name in (_EMBEDDING, *_EMBEDDING_COPIES) if name in shapes), None)
+    said = config.get("tie_word_embeddings") is not False
+    tied = _HEAD not in shapes or (table is None and said)
+    if not tied and table and shapes[_HEAD] == shapes[table]:
         rows = (slice(0, min(_COMPARED_ROWS, shapes[_HEAD][0])), slice(None))
-        tied = np.array_equal(source.read(_HEAD, rows), source.read(_EMBEDDING, rows))
-    if tied and not config.get("scale_decoder_outputs", True):
-        raise ValueError(
-            f"{source.label}: the head is tied to the embedding, but config.json sets "
-            "scale_decoder_outputs=false. No released T5 is so, and this one cannot be read."
-        )
-    return {**config, "tie_word_embeddings": tied}
+        tied = np.array_equal(source.read(_HEAD, rows), source.read(table, rows))
+    # Transformers 4 says with the tie whether outputs are scaled, transformers 5 beside it; mT5's never are.
+    scaled = config.get("scale_decoder_outputs", said and config["model_type"] != "mt5")
+    return {**config, "tie_word_embeddings": tied, "scale_decoder_outputs": scaled}
 
 
 def t5x_table(config: Mapping[str, Any]) -> Table:

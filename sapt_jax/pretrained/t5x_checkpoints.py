@@ -206,7 +206,7 @@ def _open_arrays(folder: Path, leaves: dict[str, Any]) -> dict[str, Any]:
             folders[name] = folder / Path(kept.rstrip("/")).name
     if absent := sorted(place.name for place in folders.values() if not zarr_arrays.is_array(place)):
         raise FileNotFoundError(f"{folder} lacks arrays that its index lists: {', '.join(absent)}")
-    opened = zarr_arrays.open_arrays(folders, fill_missing=True)
+    opened = zarr_arrays.open_arrays(folders)
     return {name: opened[name] if name in opened else np.asarray(leaf) for name, leaf in leaves.items()}
 
 

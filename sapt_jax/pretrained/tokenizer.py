@@ -36,6 +36,8 @@ class Backend(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def piece(self, token: int) -> str: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -47,6 +49,7 @@ class Tokenizer:
       eos_id: what ends an answer.
       bos_id: what begins a text, or None.
       add_bos: whether the model was trained with bos_id before each text.
+      text_size: ids of a text run from 0 to text_size - 1; those beyond are special tokens that were added.
       unk_id: what stands for text that the vocabulary cannot spell, or None.
       backend: the library that does the work.
     """
@@ -57,6 +60,7 @@ class Tokenizer:
     bos_id: int | None
     add_bos: bool
     unk_id: int | None
+    text_size: int
     backend: Backend
 
     @property
@@ -78,7 +82,32 @@ class Tokenizer:
           ValueError: the template takes no such chat, or a content spells a special token, which the template would
             make one of.
         """
-        return self.backend.encode_chat(turns)
+        ids = self.backend.encode_chat(turns)
+        if beyond := [token for token in ids if token >= self.vocab_size]:
+            raise ValueError(
+                f"the model's chat template writes {self.backend.piece(beyond[0])!r}, and its embedding has no such row"
+            )
+        return ids
+
+    def within(self, rows: int) -> "Tokenizer":
+        """Returns this tokenizer for an embedding of so many rows, which may lack special tokens that were added later.
+
+        Raises:
+          ValueError: naming a token that the embedding lacks although a text, or every text, comes to have it.
+        """
+        if self.vocab_size <= rows:
+            return self
+        needed = [("a text", self.text_size - 1), ("the end of an answer", self.eos_id)]
+        needed += [("the beginning of a text", self.bos_id)] if self.bos_id is not None and self.add_bos else []
+        for what, token in needed:
+            if token >= rows:
+                raise ValueError(
+                    f"the tokenizer has {self.vocab_size} ids, the model's embedding {rows} rows: {what} may become "
+                    f"{self.backend.piece(token)!r}, id {token}. config.model.tokenizer must be the one that the model "
+                    "was trained with."
+                )
+        pad = self.pad_id if self.pad_id < rows else self.eos_id
+        return dataclasses.replace(self, vocab_size=rows, pad_id=pad)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids less special tokens and ids beyond the vocabulary; does not stop at eos."""
@@ -105,6 +134,9 @@ class SentencePieceBackend(_WithoutChatTemplate):
         model = self._model
         plain = [i for i in ids if 0 <= i < len(model) and not (model.is_control(i) or model.is_unknown(i))]
         return model.decode(plain)
+
+    def piece(self, token: int) -> str:
+        return self._model.id_to_piece(token)
 
 
 class TransformersBackend:
@@ -137,6 +169,9 @@ class TransformersBackend:
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def piece(self, token: int) -> str:
+        return str(self._model.convert_ids_to_tokens(token))
+
 
 class ByteBackend(_WithoutChatTemplate):
     """One id for each byte of UTF-8, after padding (0), end (1) and unknown (2): for models with random weights."""
@@ -148,6 +183,9 @@ class ByteBackend(_WithoutChatTemplate):
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i - self.offset for i in ids if 0 <= i - self.offset < 256).decode(errors="replace")
+
+    def piece(self, token: int) -> str:
+        return f"byte {token - self.offset}"
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -164,12 +202,22 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
       ValueError: a file is broken, no end token is known, or a GGUF's pre-tokenizer is not known here.
     """
     if path == "bytes":
-        return Tokenizer(256 + ByteBackend.offset, 0, 1, None, False, 2, ByteBackend())
+        size = 256 + ByteBackend.offset
+        return Tokenizer(size, 0, 1, None, False, 2, size, ByteBackend())
     location = resolve_path(path)
     if location.suffix == ".gguf":
         return _from_gguf(location)
     if location.is_dir():
         files = [location / name for name in FILES if (location / name).is_file()]
+        if not files and _Settings(location, {}).get("tokenizer_class", "") == "ByT5Tokenizer":
+            raise ValueError(
+                f'{location} has ByT5\'s tokenizer, which needs no file: set config.model.tokenizer="bytes"'
+            )
+        if not files and (location / "vocab.json").is_file():
+            raise FileNotFoundError(
+                f"{location} has vocab.json, which does not say how text is split: write tokenizer.json beside it with "
+                "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
         if not files:
             raise FileNotFoundError(f"{location} has no tokenizer: looked for {', '.join(FILES)}")
         location = files[0]
@@ -210,6 +258,8 @@ def _from_json(file: Path) -> Tokenizer:
     except Exception as error:
         raise ValueError(f"{file} is not a valid tokenizer.json ({error}): fetch it anew") from error
     vocabulary = stored.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise ValueError(f"{file} has an empty vocabulary: fetch it anew")
     settings = _Settings(file.parent, vocabulary)
     bos, eos, pad = (settings.special(name) for name in ("bos", "eos", "pad"))
     # Not AutoTokenizer, which rebuilds LLaMA's and T5's from their vocabularies: texts that begin with a space then
@@ -219,7 +269,9 @@ def _from_json(file: Path) -> Tokenizer:
     )
     add_bos = settings.get("add_bos_token", bos in model("a")["input_ids"])
     size = max(vocabulary.values()) + 1
-    return _tokenizer(file, size, _Special(pad, eos, bos, add_bos, _unknown(stored)), TransformersBackend(model))
+    return _tokenizer(
+        file, size, _Special(pad, eos, bos, add_bos, _unknown(stored), _text_size(stored)), TransformersBackend(model)
+    )
 
 
 def _unknown(model: tokenizers.Tokenizer) -> int | None:
@@ -227,6 +279,12 @@ def _unknown(model: tokenizers.Tokenizer) -> int | None:
     stored = json.loads(model.to_str())["model"]
     token = stored.get("unk_token")
     return stored.get("unk_id") if token is None else model.token_to_id(token)
+
+
+def _text_size(model: tokenizers.Tokenizer) -> int:
+    """One more than the highest id that a text can become: special tokens are not made of text."""
+    special = {number for number, token in model.get_added_tokens_decoder().items() if token.special}
+    return 1 + max(set(model.get_vocab(with_added_tokens=True).values()) - special, default=-1)
 
 
 def _names(model: tokenizers.Tokenizer, **ids: int | None) -> dict[str, str | None]:
@@ -247,8 +305,9 @@ def _from_gguf(file: Path) -> Tokenizer:
         )
     else:
         backend = SentencePieceBackend(vocabulary.model)
-    unknown = None if isinstance(vocabulary.model, tokenizers.Tokenizer) else vocabulary.model.unk_id()
-    special = _Special(vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.add_bos, unknown)
+    fast = isinstance(vocabulary.model, tokenizers.Tokenizer)
+    unknown, text = (None, _text_size(vocabulary.model)) if fast else (vocabulary.model.unk_id(), 0)
+    special = _Special(vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.add_bos, unknown, text)
     return _tokenizer(file, vocabulary.size, special, backend)
 
 
@@ -261,6 +320,7 @@ class _Special:
     bos: int | None
     add_bos: bool
     unk: int | None
+    text_size: int = 0
 
 
 def _tokenizer(file: Path, size: int, special: _Special, backend: Backend) -> Tokenizer:
@@ -277,7 +337,7 @@ def _tokenizer(file: Path, size: int, special: _Special, backend: Backend) -> To
             raise ValueError(f"{file}: the {name} id {token} is outside the vocabulary of {size}")
     if special.add_bos and bos is None:
         raise ValueError(f"{file}: add_bos_token is set, but no bos token is known: name it in bos_token")
-    return Tokenizer(size, pad, eos, bos, bool(special.add_bos), special.unk, backend)
+    return Tokenizer(size, pad, eos, bos, bool(special.add_bos), special.unk, special.text_size or size, backend)
 
 
 class _Settings:
@@ -296,6 +356,8 @@ class _Settings:
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             token = self._read(file).get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise ValueError(f"{self._folder / file}: {name}_token must be a string, not {token!r:.60}")
             if token in self._vocabulary:
                 return self._vocabulary[token]
             # The first release of LLaMA 1 names its tokens "".
@@ -305,7 +367,9 @@ class _Settings:
             return own
         for file in ("generation_config.json", "config.json"):
             token = self._read(file).get(f"{name}_token_id")
-            token = token[0] if isinstance(token, list) else token
+            token = token[0] if isinstance(token, list) and token else token
+            if token is not None and type(token) is not int:
+                raise ValueError(f"{self._folder / file}: {name}_token_id must be a whole number, not {token!r:.60}")
             if token is not None and token >= 0:
                 return token
         return None

@@ -32,19 +32,38 @@ def is_array(folder: Path) -> bool:
     return (folder / ".zarray").is_file()
 
 
-def open_arrays(folders: Mapping[str, Path], fill_missing: bool) -> dict[str, tensorstore.TensorStore]:
+def open_arrays(folders: Mapping[str, Path]) -> dict[str, tensorstore.TensorStore]:
     """Opens arrays for reading any part of them.
+
+    Zarr takes a chunk that is not there for zeros, and so writers may leave one out. No weights are zero throughout a
+    chunk, and one that is missing was lost: to read it is an error.
 
     Args:
       folders: where each lies.
-      fill_missing: take a chunk that is not there for zeros, as Zarr does; else reading it is a ValueError.
+
+    Raises:
+      ValueError: naming an array whose description is broken.
     """
     context = tensorstore.Context()
     opened = {}
     for name, folder in folders.items():
         spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
-        opened[name] = tensorstore.open({**spec, "fill_missing_data_reads": fill_missing}, read=True, context=context)
-    return {name: future.result() for name, future in opened.items()}
+        opened[name] = tensorstore.open({**spec, "fill_missing_data_reads": False}, read=True, context=context)
+    stores = {}
+    for name, future in opened.items():
+        try:
+            stores[name] = future.result()
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{folders[name]} is no Zarr array ({_first_line(error)}): fetch it anew") from error
+        if 0 in stores[name].shape:
+            raise ValueError(
+                f"{folders[name]} is an array of shape {stores[name].shape}, without values: fetch it anew"
+            )
+    return stores
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
 
 
 def read(store: tensorstore.TensorStore) -> np.ndarray:
@@ -61,7 +80,12 @@ def read(store: tensorstore.TensorStore) -> np.ndarray:
         reads = [store[chunk].read() for chunk in batch]
         for chunk, future in zip(batch, reads, strict=True):
             place = tuple(slice(one.start - low, one.stop - low) for one, low in zip(chunk, lowest, strict=True))
-            out[place] = future.result()
+            try:
+                out[place] = future.result()
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(
+                    f"{store.kvstore.path} lacks a chunk, or has a broken one ({_first_line(error)}): fetch it anew"
+                ) from error
     return out
 
 

@@ -197,6 +197,7 @@ def test_broken_files_are_named(tmp_path):
     write_hf(tmp_path, hf_tensors(8), config={"model_type": "mamba"})
     with pytest.raises(ValueError, match="model_type 'mamba' cannot be read; known are: .*llama"):
         load_pretrained(tmp_path, abstract())
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json has no weight_map"):
         load_pretrained(tmp_path, abstract())

@@ -156,10 +156,23 @@ def test_the_weights_say_whether_the_head_is_tied(tmp_path):
     assert tied("copy", **{"lm_head.weight": tensors["shared.weight"].copy()})
 
 
-def test_tied_head_without_scaled_logits_is_an_error(tmp_path):
-    path = write(tmp_path, make_tensors(seed=5, head=False), make_config(scale_decoder_outputs=False))
-    with pytest.raises(ValueError, match="scale_decoder_outputs=false"):
-        read_model_config(path)
+def test_outputs_are_scaled_as_the_config_says(tmp_path):
+    for number, (fields, scaled) in enumerate(
+        [
+            ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, False),
+            ({"tie_word_embeddings": True, "scale_decoder_outputs": True}, True),
+            ({"tie_word_embeddings": False}, False),
+            ({"tie_word_embeddings": True}, True),
+            ({"tie_word_embeddings": True, "model_type": "mt5"}, False),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write(folder, make_tensors(seed=5, head=False), make_config(**fields))
+        config = read_model_config(folder)
+        shape = t5_config_from_hf(config)
+        assert config["tie_word_embeddings"] and config["scale_decoder_outputs"] is scaled
+        assert (shape.tie_embeddings if shape.scale_outputs is None else shape.scale_outputs) is scaled
 
 
 def test_copies_of_the_embedding_are_passed_over(tmp_path):
