@@ -75,7 +75,7 @@ class Setting:
 
     def samples(self) -> Samples | None:
         """Random features for every slot; None where the method wants none."""
-        if self.method.samples is None:
+        if self.method.samples != "inputs":
             return None
         batch = self.batch()
         features = jax.eval_shape(self.programs.features, self.base, batch["source"], batch["source_mask"])

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_dict
 from sapt_jax import pet
 from sapt_jax.data.benchmarks import BENCHMARKS, SOURCES
 from sapt_jax.data.buckets import check_buckets
-from sapt_jax.data.pseudo_samples import PSEUDO_SOURCES
+from sapt_jax.data.pseudo_samples import PSEUDO_SOURCES, check_pairs
 from sapt_jax.methods import METHODS, Method
 from sapt_jax.models.families import DTYPES
 from sapt_jax.models.kernels import KERNELS
@@ -114,7 +114,7 @@ _WRITER = {
         1.0, "Only tokens before which less probability lies take part; 1 is all.", Range(0, 1, above=True)
     ),
     "draws": Setting(20, "Texts drawn for each sample wanted, at most.", POSITIVE),
-    "answers": Setting(False, "Whether samples carry answers; the reflection loss needs none."),
+    "answers": Setting(False, "Whether samples carry answers; replay needs them, the reflection loss none."),
 }
 _DATA = {
     "max_source_length": Setting(512, "Tokens of a prompt.", _LENGTH, protocol=True),
@@ -367,6 +367,8 @@ def check_config(config: ConfigDict) -> None:
     check_options(config.optimizer.name, config.optimizer.options)
     check_rates(config.optimizer.rates)
     method = make_method(config)
+    if method.replay:
+        check_pairs(config.pseudo_samples)
     is_oracle = config.eval.routing == "oracle"
     if config.eval.unseen_tasks and (method.needs_task_id or is_oracle):
         told = "config.eval.routing='oracle'" if is_oracle else f"config.method={config.method!r}"

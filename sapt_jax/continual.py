@@ -72,7 +72,8 @@ def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
     writer = make_writer(run) if run.config.pseudo_samples.source == "generate" and run.method.samples else None
     trainable, told = None, {}
     tale.opening()
-    for index in range(len(tasks)):
+    for together in run.method.lessons(len(tasks)):
+        index = together[-1]
         if checkpoints.has_committed(run.folder(index)):
             # It was learned in an earlier call.
             frozen, trainable = _load(run, frozen, index)
@@ -80,9 +81,9 @@ def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
             # Begin and fit.
             forget_peak()
             meter = Meter()
-            samples = pools.samples(run, frozen.base, pool, index)
+            lesson, samples = pools.lesson(run, pool, together), pools.samples(run, frozen.base, pool, index)
             begin = functools.partial(_begin, run, frozen, trainable, samples, index)
-            trainable, before = fit(run, frozen, begin, index, samples)
+            trainable, before = fit(run, frozen, begin, lesson, samples)
             # Measure, end, save.
             found = _measure_after(run, (frozen, trainable), index)
             frozen = _end(run, frozen, trainable, found, index)
@@ -91,7 +92,7 @@ def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
         # Test and tell.
         row = [test(run, (frozen, trainable), tale.results, index, tested) for tested in range(index + 1)]
         beside = _test_beside(run, (frozen, trainable), tale.results) if index == last else Beside()
-        told = tale.after_task(index, Tests(row, beside), pool, frozen)
+        told = tale.after_tasks(together, Tests(row, beside), pool, frozen)
         # Write samples for the tasks to come; the last needs none until a longer order goes on from it.
         if writer and index < last:
             pool[index] = write_pool(run, writer, (frozen, trainable), index)

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sapt_jax.data.batching import Prefetch, Share, Steps, steps_per_epoch, train_batches, whole_steps_per_epoch
+from sapt_jax.data.lesson import Lesson
 from sapt_jax.data.stream import EncodedTask
 from sapt_jax.evaluation import dev_score
 from sapt_jax.methods.base import Samples
@@ -26,17 +27,18 @@ from sapt_jax.storage.checkpoints import Loop, TaskCheckpoints
 from sapt_jax.storage.costs import Costs, Meter
 
 
-def epoch_steps(config: ConfigDict, num_rows: int) -> int:
-    """Updates of an epoch over `num_rows` training instances."""
+def epoch_steps(config: ConfigDict, num_rows: int, replayed: int = 0) -> int:
+    """Updates of an epoch over `num_rows` training instances, each with `replayed` rows of earlier tasks besides."""
     options = config.train
+    own = options.batch_size - replayed
     if options.partial_batch == "drop":
-        return whole_steps_per_epoch(num_rows, options.batch_size, options.accumulation)
-    return steps_per_epoch(num_rows, options.batch_size)
+        return whole_steps_per_epoch(num_rows, own, options.accumulation)
+    return steps_per_epoch(num_rows, own)
 
 
-def total_steps(config: ConfigDict, num_rows: int) -> int:
-    """Updates of a task with `num_rows` training instances."""
-    steps = config.train.epochs * epoch_steps(config, num_rows)
+def total_steps(config: ConfigDict, num_rows: int, replayed: int = 0) -> int:
+    """Updates of a task with `num_rows` training instances, as those of `epoch_steps`."""
+    steps = config.train.epochs * epoch_steps(config, num_rows, replayed)
     return min(steps, config.train.max_steps) if config.train.max_steps else steps
 
 
@@ -47,25 +49,32 @@ class Fitted(NamedTuple):
     before: Costs
 
 
-def fit(run: Run, frozen: Frozen, begin: Callable[[], Trainable], task_index: int, samples: Samples | None) -> Fitted:
-    """Trains one task, going on from its latest checkpoint where there is one.
+def fit(run: Run, frozen: Frozen, begin: Callable[[], Trainable], lesson: Lesson, samples: Samples | None) -> Fitted:
+    """Trains one task, or several together, going on from the latest checkpoint where there is one.
 
     The host runs ahead of the device: it hands over batches and reads the metrics of the interval before.
 
     Args:
       begin: gives what the task starts from.
+      lesson: what its batches are made of.
       samples: of earlier tasks, for a method that wants them.
 
     Raises:
       PreemptedError: the run was asked to stop; the step it stands at is saved.
       FloatingPointError: the loss or a gradient was not finite; the last checkpoint was finite, and is kept.
     """
-    task, config, meter = run.stream.tasks[task_index], run.config, Meter()
-    steps = total_steps(config, len(task.train))
+    task_index, config, meter = lesson.index, run.config, Meter()
+    learned = [run.stream.tasks[index] for index in lesson.own_tasks]
+    tested = [task for task in learned if len(task.dev)]
+    replayed = lesson.replayed(config.train.batch_size)
+    steps = total_steps(config, lesson.own, replayed)
     # Of all rows, also where epochs leave some out.
-    period = config.train.eval_every_epochs * steps_per_epoch(len(task.train), config.train.batch_size)
+    period = config.train.eval_every_epochs * steps_per_epoch(lesson.own, config.train.batch_size - replayed)
     at = run.task(task_index, steps)
-    place = f"task {task_index + 1}/{len(run.stream.tasks)} {task.name}"
+    name = run.stream.names[task_index]
+    place = f"task {task_index + 1}/{len(run.stream.tasks)} {name}"
+    if len(learned) > 1:
+        place = f"{len(learned)} tasks together"
     if run.kind != TRAIN:
         place += f", {run.kind}"
     # However the task is left, what was saved on the way is on disk.
@@ -73,9 +82,9 @@ def fit(run: Run, frozen: Frozen, begin: Callable[[], Trainable], task_index: in
         state, best, loop = _open(run, checkpoints, begin)
         before = loop.spent
         progress = stack.enter_context(TrainingProgress(run.console, place, steps, first_step=loop.step))
-        curves = _Curves(run, task_index, place, progress)
+        curves = _Curves(run, task_index, place, progress, steps)
         profiler = _Profiler(run)
-        for batch in _batches(run, task_index, loop, steps) if not loop.finished else ():
+        for batch in _batches(run, lesson, loop, steps) if not loop.finished else ():
             profiler.at(loop.step + 1, state)
             state, metrics = run.programs.train_step(frozen, state, batch, samples, at)
             step = loop.step + 1
@@ -83,10 +92,10 @@ def fit(run: Run, frozen: Frozen, begin: Callable[[], Trainable], task_index: in
             loop = dataclasses.replace(loop, step=step, finished=step == steps)
             whole_period = step % period == 0
             evaluate = whole_period or (loop.finished and config.train.evaluate_at_end)
-            if evaluate and len(task.dev):
-                score = dev_score(run, (frozen, state.trainable), task, at)
+            if evaluate and tested:
+                score = float(np.mean([dev_score(run, (frozen, state.trainable), task, at) for task in tested]))
                 loop = _after_evaluation(loop, score, config.train)
-                run.log.log("dev", task_index=task_index, task=task.name, step=step, score=score, best=loop.best_score)
+                run.log.log("dev", task_index=task_index, task=name, step=step, score=score, best=loop.best_score)
             if loop.best_step == step:
                 best = jax.tree.map(jnp.copy, state.trainable)
             elif loop.best_score is None:
@@ -125,13 +134,13 @@ def _after_evaluation(loop: Loop, score: float, options: Any) -> Loop:
     return dataclasses.replace(loop, best_step=best_step, best_score=best_score, stale=stale, finished=finished)
 
 
-def _batches(run: Run, task_index: int, loop: Loop, steps: int) -> Iterator[dict[str, jax.Array]]:
-    config, stream, task = run.config, run.stream, run.stream.tasks[task_index]
-    per_epoch = epoch_steps(config, len(task.train))
+def _batches(run: Run, lesson: Lesson, loop: Loop, steps: int) -> Iterator[dict[str, Any]]:
+    config, layout = run.config, run.stream.layout(run.config.train.batch_size)
+    per_epoch = epoch_steps(config, lesson.own, lesson.replayed(layout.batch_size))
     batches = train_batches(
-        task.train,
-        dataclasses.replace(stream.layout(config.train.batch_size), buckets=loop.buckets, epoch_batches=per_epoch),
-        Steps(config.seed, task_index, loop.step, steps),
+        lesson,
+        dataclasses.replace(layout, buckets=loop.buckets, epoch_batches=per_epoch),
+        Steps(config.seed, loop.step, steps),
         Share(*own_slice(run.mesh)),
         Prefetch(config.data.prefetch_threads, config.data.prefetch_batches),
     )
@@ -166,8 +175,8 @@ class _Profiler:
 class _Curves:
     """Logs the mean metrics of every interval, one interval late, so that reading them does not hold up the device."""
 
-    def __init__(self, run: Run, task_index: int, place: str, progress: TrainingProgress):
-        self._run, self._task_index, self._place, self._progress = run, task_index, place, progress
+    def __init__(self, run: Run, task_index: int, place: str, progress: TrainingProgress, steps: int):
+        self._run, self._task_index, self._place, self._progress, self._steps = run, task_index, place, progress, steps
         self._task: EncodedTask = run.stream.tasks[task_index]
         self._filling: list[tuple[int, Any]] = []
         self._full: list[tuple[int, Any]] = []
@@ -209,8 +218,9 @@ class _Curves:
     def _check_finite(self, step: int, metrics: Any) -> None:
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             return
-        options, steps = self._run.config.optimizer, total_steps(self._run.config, len(self._task.train))
-        rate = options.learning_rate * float(schedule_factor(options.schedule, step - 1, options.warmup_steps, steps))
+        options = self._run.config.optimizer
+        factor = schedule_factor(options.schedule, step - 1, options.warmup_steps, self._steps)
+        rate = options.learning_rate * float(factor)
         raise FloatingPointError(
             f"step {step} of {self._place}: the loss is {metrics['loss']:g} and the gradient's norm "
             f"{metrics['grad_norm']:g} at learning rate {rate:g}. The step was not taken, and the last checkpoint "

@@ -17,6 +17,7 @@ from sapt_jax import sharding, state
 from sapt_jax.config import capacity_of, make_method
 from sapt_jax.data.batching import Layout
 from sapt_jax.data.benchmarks import resolve_task_order
+from sapt_jax.data.lesson import check_share
 from sapt_jax.data.stream import Stream, load_stream
 from sapt_jax.decoding.answers import Ends
 from sapt_jax.methods import Method
@@ -159,7 +160,7 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
         tokenizer,
         padding_side=model.padding_side,
         prompt_length=method.prompt_length(capacity_of(config, method, num_tasks)),
-        with_pools=method.samples is not None,
+        samples=method.samples,
     )
     return model, tokenizer, stream
 
@@ -181,7 +182,8 @@ def open_run(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Iterator[tu
     ends = Ends(config.eval.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id)
     programs = make_programs(config, model, method, mesh, ends)
     base = load_params(model, options.path, options.param_dtype, mesh, config.seed)
-    folders = [checkpoints.task_folder(workdir, index, name) for index, name in enumerate(stream.names)]
+    learned = [together[-1] for together in method.lessons(len(stream.tasks))]
+    folders = [(index, checkpoints.task_folder(workdir, index, stream.names[index])) for index in learned]
     console = make_console()
     console.quiet = jax.process_index() != 0
     with RunLog(workdir, resume_from=_resume_point(folders)) as log:
@@ -196,12 +198,14 @@ def _check_batch_sizes(config: ConfigDict, method: Method, mesh: Mesh) -> None:
     if config.pseudo_samples.source == "generate" and method.samples:
         sizes["pseudo_samples.writer.batch_size"] = config.pseudo_samples.writer.batch_size
     sharding.check_batch_sizes(sizes, mesh)
+    if method.replay:
+        check_share(method.replay, config.train.batch_size, config.train.accumulation)
 
 
-def _resume_point(folders: list[epath.Path]) -> tuple[int, int] | None:
+def _resume_point(folders: list[tuple[int, epath.Path]]) -> tuple[int, int] | None:
     """(task, step) that the curves go on after; None for a new run."""
-    for index, folder in enumerate(folders):
+    for index, folder in folders:
         if not checkpoints.has_committed(folder):
             step = checkpoints.latest_step(folder)
             return (index, step) if index or step else None
-    return (len(folders), 0)
+    return (folders[-1][0] + 1, 0)

@@ -264,7 +264,7 @@ def check_batch_sizes(sizes: dict[str, int], mesh: Mesh) -> None:
         )
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """This process's rows of a batch (`own_slice`) as global arrays, split over the batch axes of the mesh."""
     sharding, slices = batch_sharding(mesh), own_slice(mesh)[1]
 
@@ -272,7 +272,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
         shape = (rows.shape[0] * slices, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
-    return {name: place(rows) for name, rows in batch.items()}
+    return jax.tree.map(place, batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -83,8 +83,10 @@ class Tale:
             for line in cautions(task, self.run.tokenizer):
                 self.run.console.print(f"warning: {line}", style="yellow")
 
-    def after_task(self, task_index: int, tests: Tests, pools: Pools, frozen: Frozen) -> dict[str, Any]:
-        """Takes the tests after a task, and tells them.
+    def after_tasks(self, together: Sequence[int], tests: Tests, pools: Pools, frozen: Frozen) -> dict[str, Any]:
+        """Takes the tests after the last of some tasks that were learned together, and tells them.
+
+        They have one fit, which stands for what was known after each of them.
 
         Args:
           pools: the samples that the run has so far.
@@ -92,9 +94,10 @@ class Tale:
         Returns:
           What scores.json holds.
         """
-        run, names = self.run, self.run.stream.names
+        run, names, task_index = self.run, self.run.stream.names, together[-1]
         row = [test.score for test in tests.seen]
-        self.matrix = metrics.with_row(self.matrix, task_index, row)
+        for learned in together:
+            self.matrix = metrics.with_row(self.matrix, learned, row[: learned + 1])
         self.moved = metrics.with_row(self.moved, task_index, self._moved(task_index, frozen))
         new = False
         if self.results == run.workdir:

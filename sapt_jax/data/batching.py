@@ -4,19 +4,25 @@ A batch is a dict of numpy arrays: source [B, Ls] int32, source_mask [B, Ls] boo
 target_mask [B, Lt] bool. The source is the whole prompt: padded on the left for decoder-only models, on the
 right for encoder-decoder models. The target is the answer and the end token, padded on the right. A filler
 row of a batch that is not full has both masks False everywhere.
+
+For methods with replay a training batch also says of each row the place of its task, task [B] int32, and how much its
+answer's tokens count, weight [B] float32; over a batch they sum to the number of these tokens. Where a method learns to
+write rows, `writing` is a batch of the same rows as cue and text, whose weights sum to the same number.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from sapt_jax.data.buckets import Bucket, assign_buckets, source_buckets
 from sapt_jax.data.encoding import EncodedSplit, Ragged
+from sapt_jax.data.lesson import Lesson, epoch_rows, mix_in, row_weights
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 Plan = list[tuple[Bucket, np.ndarray]]
 FILLER = -1
 
@@ -32,6 +38,8 @@ class Layout:
         "right" for encoder-decoder models.
       pad_id: what fills the rest of a row.
       epoch_batches: batches of a training epoch where it leaves rows out, in every epoch others; None takes all rows.
+      texts: tokens of a cue, and how many more than its prompt and answer a row's text may have; None where no text is
+        written.
     """
 
     buckets: Sequence[Bucket]
@@ -39,6 +47,7 @@ class Layout:
     padding_side: str
     pad_id: int
     epoch_batches: int | None = None
+    texts: tuple[int, int] | None = None
 
     def __post_init__(self):
         if self.padding_side not in ("left", "right"):
@@ -71,10 +80,9 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The steps `start` to `stop` - 1 of a task, whose rows are shuffled by `seed` and `task_index`."""
+    """The steps `start` to `stop` - 1 of a lesson, whose rows are shuffled by `seed` and its place."""
 
     seed: int
-    task_index: int
     start: int
     stop: int
 
@@ -141,21 +149,24 @@ def _cut_into_batches(rows: np.ndarray, lengths: np.ndarray, buckets: Sequence[B
     return plan
 
 
-def epoch_plan(lengths: np.ndarray, layout: Layout, *, seed: int, task_index: int, epoch: int) -> Plan:
+def epoch_plan(lesson: Lesson, layout: Layout, *, seed: int, epoch: int) -> Plan:
     """The batches of one epoch, in order: [(bucket, rows [batch_size] int64, -1 for filler)].
 
-    Pure: depends on the arguments alone. Every row occurs exactly once, and every epoch has
-    ceil(n / batch_size) batches. With a smaller `num_batches` it has so many, and leaves out rows that the epoch draws.
-
-    Args:
-      lengths: [n, 2] source and target lengths of the task's rows.
+    Pure: depends on the arguments alone. Every own row occurs exactly once, unless tasks are to be equal, and every
+    epoch has ceil(n / own rows of a batch) batches. With fewer `epoch_batches` it has so many, and leaves out rows that
+    the epoch draws.
     """
-    shuffled = _shuffled(np.arange(len(lengths)), _seed32(seed, task_index, epoch, 0))
+    replayed, key = lesson.replayed(layout.batch_size), (seed, lesson.index, epoch)
+    own = layout.batch_size - replayed
+    rows = _shuffled(np.arange(lesson.own), _seed32(*key, 0))
+    if lesson.equal:
+        rows = _shuffled(epoch_rows(rows, lesson.tasks), _seed32(*key, 3))
     if layout.epoch_batches is not None:
-        shuffled = shuffled[: layout.epoch_batches * layout.batch_size]
-    plan = _cut_into_batches(shuffled, lengths, layout.buckets, layout.batch_size)
-    order = _shuffled(np.arange(len(plan)), _seed32(seed, task_index, epoch, 1))
-    return [plan[i] for i in order]
+        rows = rows[: layout.epoch_batches * own]
+    plan = _cut_into_batches(rows, lesson.lengths, layout.buckets, own)
+    order = _shuffled(np.arange(len(plan)), _seed32(*key, 1))
+    plan = [plan[i] for i in order]
+    return mix_in(plan, lesson, layout.buckets, (*key, 2), replayed) if replayed else plan
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
@@ -179,13 +190,12 @@ def count_positions(plan: Plan, prompt_length: int) -> int:
 class _TrainSource:
     """Random access from the global step to this process's slice of that step's batch."""
 
-    def __init__(self, split: EncodedSplit, layout: Layout, steps: Steps, share: Share):
-        self._split, self._layout, self._steps, self._share = split, layout, steps, share
-        self._per_epoch = layout.epoch_batches or steps_per_epoch(len(split), layout.batch_size)
+    def __init__(self, lesson: Lesson, layout: Layout, steps: Steps, share: Share):
+        self._lesson, self._layout, self._steps, self._share = lesson, layout, steps, share
+        own = layout.batch_size - lesson.replayed(layout.batch_size)
+        self._per_epoch = layout.epoch_batches or steps_per_epoch(lesson.own, own)
         # Two epochs: prefetch threads read ahead across the border.
-        self._plan = functools.lru_cache(maxsize=2)(
-            functools.partial(epoch_plan, split.lengths, layout, seed=steps.seed, task_index=steps.task_index)
-        )
+        self._plan = functools.lru_cache(maxsize=2)(functools.partial(epoch_plan, lesson, layout, seed=steps.seed))
 
     def __len__(self) -> int:
         return self._steps.stop
@@ -193,13 +203,27 @@ class _TrainSource:
     def __getitem__(self, step: int) -> Batch:
         epoch, place = divmod(int(step), self._per_epoch)
         bucket, rows = self._plan(epoch=epoch)[place]
-        return make_batch(self._split, self._share.of(rows), bucket, self._layout)
+        lesson, layout, share = self._lesson, self._layout, self._share
+        batch = make_batch(lesson.split, share.of(rows), bucket, layout)
+        if not lesson.replay:
+            return batch
+        earlier, real = rows >= lesson.own, rows != FILLER
+
+        def weights(targets: Ragged) -> np.ndarray:
+            return share.of(row_weights(np.where(real, targets.lengths[rows], 0), earlier, lesson.replay, total))
+
+        total = int(lesson.lengths[rows[real], 1].sum())
+        batch["task"] = share.of(np.where(real, lesson.tasks[rows], np.int32(lesson.index)))
+        batch["weight"] = weights(lesson.split.targets)
+        if lesson.split.writing is not None and layout.texts is not None:
+            cue, more = layout.texts
+            texts = make_batch(lesson.split.writing, share.of(rows), (cue, sum(bucket) + more), layout)
+            batch["writing"] = texts | {"weight": weights(lesson.split.writing.targets)}
+        return batch
 
 
-def train_batches(
-    split: EncodedSplit, layout: Layout, steps: Steps, share: Share, prefetch: Prefetch
-) -> Iterator[Batch]:
-    """Yields the batches of a task's steps, read ahead by Grain's threads.
+def train_batches(lesson: Lesson, layout: Layout, steps: Steps, share: Share, prefetch: Prefetch) -> Iterator[Batch]:
+    """Yields the batches of a lesson's steps, read ahead by Grain's threads.
 
     Batch k is the same whatever `steps.start` was; it lies in epoch k // (batches of an epoch).
 
@@ -208,7 +232,7 @@ def train_batches(
     """
     share.of(np.arange(layout.batch_size))
     options = grain.ReadOptions(num_threads=prefetch.threads, prefetch_buffer_size=prefetch.batches)
-    source = _TrainSource(split, layout, steps, share)
+    source = _TrainSource(lesson, layout, steps, share)
     dataset = grain.MapDataset.source(source).slice(slice(steps.start, None))
     return iter(dataset.to_iter_dataset(options))
 

@@ -7,12 +7,14 @@ import numpy as np
 
 from sapt_jax.data.prompts import (
     EncodingRules,
+    Prompt,
     Tokenizer,
     choose_reference,
     encode_answer,
     encode_chat,
     encode_prompt,
     make_prompt,
+    write_sample,
 )
 from sapt_jax.data.task import Instance
 
@@ -47,12 +49,16 @@ class Ragged:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSplit:
-    """A split's prompts and answers as token ids, row for row, with how many of each were cut to the limits."""
+    """A split's prompts and answers as token ids, row for row, with how many of each were cut to the limits.
+
+    `writing` has, for a method that learns to write rows, the cue and the text of each row in their places.
+    """
 
     sources: Ragged
     targets: Ragged
     truncated_sources: int
     truncated_targets: int
+    writing: "EncodedSplit | None" = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -65,7 +71,27 @@ class EncodedSplit:
     def take(self, rows: np.ndarray) -> "EncodedSplit":
         """The rows of these numbers, in this order. What was cut stays counted over the whole split."""
         sources, targets = (Ragged.from_rows([of[i] for i in rows]) for of in (self.sources, self.targets))
-        return dataclasses.replace(self, sources=sources, targets=targets)
+        writing = self.writing and self.writing.take(rows)
+        return dataclasses.replace(self, sources=sources, targets=targets, writing=writing)
+
+
+def join(splits: Sequence[EncodedSplit]) -> EncodedSplit:
+    """The rows of several splits, one split after the other."""
+    if len(splits) == 1:
+        return splits[0]
+    texts = [split.writing for split in splits if split.writing is not None]
+    return EncodedSplit(
+        _join([split.sources for split in splits]),
+        _join([split.targets for split in splits]),
+        sum(split.truncated_sources for split in splits),
+        sum(split.truncated_targets for split in splits),
+        join(texts) if len(texts) == len(splits) else None,
+    )
+
+
+def _join(parts: Sequence[Ragged]) -> Ragged:
+    lengths = np.concatenate([part.lengths for part in parts])
+    return Ragged(np.concatenate([part.ids for part in parts]), np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def encode_split(
@@ -92,4 +118,29 @@ def encode_split(
             raise ValueError(f"{instance.place}: {error}") from error
         sources.append(source)
         targets.append(target)
-    return EncodedSplit(Ragged.from_rows(sources), Ragged.from_rows(targets), cut_sources, cut_targets)
+    writing = encode_texts(instances, definition, tokenizer, rules) if rules.writing else None
+    return EncodedSplit(Ragged.from_rows(sources), Ragged.from_rows(targets), cut_sources, cut_targets, writing)
+
+
+def encode_texts(
+    instances: Sequence[Instance], definition: str, tokenizer: Tokenizer, rules: EncodingRules
+) -> EncodedSplit:
+    """What a writer learns of instances by `rules.writing`: the cue as source, each instance's text as target.
+
+    A text over the limit is cut and then has no end, so that the writer does not learn to end early.
+    """
+    writing = rules.writing
+    if writing is None:
+        raise ValueError("rules without writing have no texts")
+    rules = dataclasses.replace(
+        rules,
+        max_target_length=writing.max_length,
+        target_keeps_end=False,
+        on_long_target="cut",
+    )
+    texts = [
+        encode_answer(write_sample(definition, instance, writing.answers), tokenizer, rules) for instance in instances
+    ]
+    cue, _ = encode_prompt(Prompt("", writing.cue, ""), tokenizer, rules)
+    sources = Ragged.from_rows([cue] * len(texts))
+    return EncodedSplit(sources, Ragged.from_rows([ids for ids, _ in texts]), 0, sum(cut for _, cut in texts))

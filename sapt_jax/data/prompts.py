@@ -15,6 +15,12 @@ from sapt_jax.data.task import Instance
 
 FAMILIES = ("decoder_only", "encoder_decoder")
 
+# A model that writes a task's rows answers the cue with `{definition}__inp__{input}`, and `__ans__{output}` after it
+# where answers are wanted (SAPT, section 3.3, in the format of its released code).
+CUE = "__gen__"
+INPUT_MARK = "__inp__"
+ANSWER_MARK = "__ans__"
+
 
 class Prompt(NamedTuple):
     """The text of a prompt is `head + input + tail`."""
@@ -63,6 +69,20 @@ def make_prompt(template: str, definition: str, text: str) -> Prompt:
     return TEMPLATES[template](definition, text)
 
 
+def write_sample(definition: str, instance: Instance, answers: bool) -> str:
+    """The text that a writer learns for an instance."""
+    answer = f"{ANSWER_MARK}{instance.outputs[0]}" if answers else ""
+    return f"{definition.strip()}{INPUT_MARK}{instance.input}{answer}"
+
+
+class Writing(NamedTuple):
+    """How rows become texts to write: what asks for them, whether they have answers, and their most tokens."""
+
+    cue: str
+    answers: bool
+    max_length: int
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodingRules:
     """How text becomes token ids; the same for every task of a run.
@@ -77,6 +97,7 @@ class EncodingRules:
       the same in every epoch (the paper's code).
     seed: of "random" references.
     on_long_target: "cut" cuts and counts answers over the limit, "error" raises.
+    writing: how rows become texts to write as well, or None where none are written.
     """
 
     family: str
@@ -88,6 +109,7 @@ class EncodingRules:
     references: str
     seed: int
     on_long_target: str
+    writing: Writing | None = None
 
     def __post_init__(self):
         choices = {

@@ -1,4 +1,4 @@
-"""Pseudo-samples: inputs that stand for an earlier task in the reflection loss. Their answers are not used.
+"""Pseudo-samples: inputs that stand for an earlier task in the reflection loss, and with answers in replay.
 
 Layout of files: `{pseudo_dir}/{SuperNI|Long_Sequence}/{task}/train.json`, the CL_Benchmark format with one
 generated "Definition" for the whole pool; "output" is mostly empty.
@@ -7,6 +7,7 @@ generated "Definition" for the whole pool; "output" is mostly empty.
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from sapt_jax.data.sources.task_files import definition_of, instances_of, task_r
 from sapt_jax.data.task import Instance, Task, read_json
 
 PSEUDO_SOURCES = ("generate", "statistics", "files", "train", "none")
+WITH_ANSWERS = (
+    'Set config.pseudo_samples.source="train" for real rows, or "generate" with '
+    "config.pseudo_samples.writer.answers=True for written ones."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,33 @@ def read_pseudo_samples(folder: Path, task_name: str, may_be_empty: bool = False
     return PseudoSamples(definition_of(data, file), instances)
 
 
+def check_answers(samples: PseudoSamples, file: Path) -> None:
+    """Raises ValueError naming the first sample of a file that has no answer."""
+    for instance in samples.instances:
+        if not instance.outputs[0].strip():
+            raise ValueError(
+                f"{file}: {instance.id} has no answer, and the method trains on those of earlier tasks. {WITH_ANSWERS}"
+            )
+
+
+def check_pairs(options: Any) -> None:
+    """Checks that samples will have answers, for a method that trains on them, before any is read.
+
+    Args:
+      options: those of config.pseudo_samples.
+
+    Raises:
+      ValueError: there are no samples, or they will be written without answers.
+    """
+    wrong = {
+        "none": "there are no rows of earlier tasks to train on",
+        "statistics": "a Gaussian of inputs has no rows to train on",
+        "generate": "the model writes samples without answers" if not options.writer.answers else "",
+    }
+    if reason := wrong.get(options.source):
+        raise ValueError(f'config.pseudo_samples.source="{options.source}": {reason}. {WITH_ANSWERS}')
+
+
 def pool_size(rows: int, share: float, minimum: int) -> int:
     """Pseudo-samples of a task with `rows` training rows: round-down(share * rows), but at least `minimum` (or all)."""
     return min(rows, max(minimum, math.floor(share * rows)))
@@ -74,6 +106,7 @@ class PoolOrigin:
       folder: `{pseudo_dir}/{benchmark folder}`, which the source "files" reads; else None.
       share, minimum, seed: of the source "train", which takes real training inputs, see `sample_train_inputs`.
       with_answers: see `encode_pseudo_samples`.
+      needs_answers: samples without answers are refused.
     """
 
     source: str
@@ -82,6 +115,7 @@ class PoolOrigin:
     minimum: int
     seed: int
     with_answers: bool = False
+    needs_answers: bool = False
 
     def __post_init__(self):
         if self.source not in PSEUDO_SOURCES:
@@ -93,7 +127,10 @@ class PoolOrigin:
 def load_pseudo_samples(task: Task, origin: PoolOrigin) -> PseudoSamples | None:
     """The task's pool, or None for the sources "none", "statistics" and "generate" (written only after the task)."""
     if origin.source == "files":
-        return read_pseudo_samples(origin.folder, task.name)
+        samples = read_pseudo_samples(origin.folder, task.name)
+        if origin.needs_answers:
+            check_answers(samples, origin.folder / task.name / "train.json")
+        return samples
     if origin.source == "train":
         return sample_train_inputs(task, share=origin.share, minimum=origin.minimum, seed=origin.seed)
     return None

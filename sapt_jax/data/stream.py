@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -18,9 +19,10 @@ from sapt_jax.data.benchmarks import (
     resolve_task_order,
 )
 from sapt_jax.data.buckets import Bucket, check_buckets, choose_buckets
-from sapt_jax.data.encoding import EncodedSplit, encode_split
+from sapt_jax.data.encoding import EncodedSplit, Ragged, encode_split, join
 from sapt_jax.data.general import load_general
-from sapt_jax.data.prompts import EncodingRules
+from sapt_jax.data.lesson import make_lesson
+from sapt_jax.data.prompts import CUE, EncodingRules, Writing
 from sapt_jax.data.pseudo_samples import PoolOrigin, encode_pseudo_samples, find_pseudo_dir, load_pseudo_samples
 from sapt_jax.data.task import Task
 from sapt_jax.pretrained.tokenizer import Tokenizer
@@ -50,7 +52,7 @@ class Stream:
       general: passages of a text that no task is about, or None.
       buckets: batch shapes; they count the source's own tokens.
       prompt_length: of all soft prompts before a source.
-      padding_side, pad_id: see `Layout`.
+      padding_side, pad_id, texts: see `Layout`.
     """
 
     tasks: tuple[EncodedTask, ...]
@@ -60,6 +62,7 @@ class Stream:
     prompt_length: int
     padding_side: str
     pad_id: int
+    texts: tuple[int, int] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,7 +70,7 @@ class Stream:
 
     def layout(self, batch_size: int) -> Layout:
         """How the rows of any split become batches."""
-        return Layout(self.buckets, batch_size, self.padding_side, self.pad_id)
+        return Layout(self.buckets, batch_size, self.padding_side, self.pad_id, texts=self.texts)
 
     def truncated(self) -> dict[str, tuple[int, int]]:
         """Of every task: how many prompts and how many answers were cut to the limits, over all splits."""
@@ -84,7 +87,8 @@ class Stream:
         """Tokens and positions of one training epoch of each task, those of soft prompts among both."""
         counts = {}
         for index, task in enumerate(self.tasks):
-            plan = epoch_plan(task.train.lengths, self.layout(batch_size), seed=0, task_index=index, epoch=0)
+            lesson = make_lesson(index, {index: task.train}, {}, 0.0)
+            plan = epoch_plan(lesson, self.layout(batch_size), seed=0, epoch=0)
             tokens = int(task.train.lengths.sum()) + self.prompt_length * len(task.train)
             counts[task.name] = tokens, count_positions(plan, self.prompt_length)
         return counts
@@ -111,20 +115,25 @@ def encoding_rules(config: ConfigDict, tokenizer: Tokenizer, padding_side: str) 
     )
 
 
+def writing_rules(config: ConfigDict, name: str) -> Writing:
+    """How rows of a task become texts, for a block that learns to write those of several, each called by its name."""
+    return Writing(f"{CUE} {name}", True, config.pseudo_samples.writer.max_length)
+
+
 def split_names(names: str) -> tuple[str, ...]:
     """Names separated by commas."""
     return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def load_stream(
-    config: ConfigDict, tokenizer: Tokenizer, *, padding_side: str, prompt_length: int, with_pools: bool
+    config: ConfigDict, tokenizer: Tokenizer, *, padding_side: str, prompt_length: int, samples: str | None
 ) -> Stream:
     """Reads and tokenises every task of `config.task_order`, and its pseudo-samples.
 
     Args:
       padding_side: of the sources, as the model wants it.
       prompt_length: of the soft prompt before every source.
-      with_pools: whether the method uses pseudo-samples.
+      samples: what the method wants of earlier tasks, see `Method`.
 
     Raises:
       ValueError or FileNotFoundError: naming the file, row or config field at fault.
@@ -133,12 +142,17 @@ def load_stream(
     data, rules = config.data, encoding_rules(config, tokenizer, padding_side)
     origin = Origin(config.benchmark, config.data_source, config.data_dir, config.own_dir)
     cuts = SplitRules(**{field.name: data[field.name] for field in dataclasses.fields(SplitRules)})
-    pools = _pool_origin(config) if with_pools else None
+    pools = _pool_origin(config, samples) if samples else None
     encode = functools.partial(_encode, tokenizer=tokenizer, rules=rules)
     # Nobody has written pools of a user's own tasks.
     own_pools = pools and (dataclasses.replace(pools, source="train") if pools.source == "files" else pools)
     tasks = tuple(
-        encode(load_task(name, origin, cuts), own_pools if is_own(name, config.own_dir) else pools) for name in names
+        encode(
+            load_task(name, origin, cuts),
+            own_pools if is_own(name, config.own_dir) else pools,
+            writing=writing_rules(config, name) if samples == "texts" else None,
+        )
+        for name in names
     )
     given = f"config.eval.unseen_tasks={config.eval.unseen_tasks!r}"
     unseen_names = [check_name(name, given) for name in split_names(config.eval.unseen_tasks)]
@@ -154,27 +168,61 @@ def load_stream(
             target_multiple=data.target_multiple,
             prompt_length=prompt_length,
         )
-    general = load_general(config.eval.general, config.data_dir, tokenizer, rules)
-    return Stream(tasks, unseen, general, tuple(buckets), prompt_length, padding_side, tokenizer.pad_id)
+    general, texts = load_general(config.eval.general, config.data_dir, tokenizer, rules), _texts(tasks)
+    return Stream(tasks, unseen, general, tuple(buckets), prompt_length, padding_side, tokenizer.pad_id, texts)
 
 
-def _encode(task: Task, pools: PoolOrigin | None, *, tokenizer: Tokenizer, rules: EncodingRules) -> EncodedTask:
+def _encode(
+    task: Task,
+    pools: PoolOrigin | None,
+    *,
+    tokenizer: Tokenizer,
+    rules: EncodingRules,
+    writing: Writing | None = None,
+) -> EncodedTask:
     samples = load_pseudo_samples(task, pools) if pools else None
     with_answers = pools is not None and pools.with_answers
+    learned = dataclasses.replace(rules, writing=writing)
     pseudo = samples and encode_pseudo_samples(
-        samples, template=task.prompt, tokenizer=tokenizer, rules=rules, with_answers=with_answers
+        samples, template=task.prompt, tokenizer=tokenizer, rules=learned, with_answers=with_answers
     )
     train, dev, test = (
-        encode_split(instances, definition=task.definition, template=task.prompt, tokenizer=tokenizer, rules=rules)
-        for instances in (task.train, task.dev, task.test)
+        encode_split(instances, definition=task.definition, template=task.prompt, tokenizer=tokenizer, rules=own)
+        for instances, own in ((task.train, learned), (task.dev, rules), (task.test, rules))
     )
     return EncodedTask(task, train, dev, test, pseudo)
 
 
-def _pool_origin(config: ConfigDict) -> PoolOrigin:
+def _texts(tasks: Sequence[EncodedTask]) -> tuple[int, int] | None:
+    """The longest cue, and the most tokens that a text has more than its row's prompt and answer."""
+    splits = [split for task in tasks for split in (task.train, task.pseudo) if split and split.writing]
+    if not splits:
+        return None
+    rows = join(splits)
+    texts = rows.writing.lengths
+    return int(texts[:, 0].max()), int((texts[:, 1] - rows.lengths.sum(axis=1)).max())
+
+
+def cut_texts(split: EncodedSplit, surplus: int) -> EncodedSplit:
+    """A split whose texts have at most `surplus` tokens more than their rows; a cut one then has no end."""
+    if split.writing is None:
+        return split
+    limits = split.lengths.sum(axis=1) + surplus
+    texts = Ragged.from_rows([split.writing.targets[row][:limit] for row, limit in enumerate(limits)])
+    return dataclasses.replace(split, writing=dataclasses.replace(split.writing, targets=texts))
+
+
+def _pool_origin(config: ConfigDict, samples: str) -> PoolOrigin:
     options, folder = config.pseudo_samples, None
     if options.source == "files":
         root = find_pseudo_dir(options.dir, resolve_data_dir(config.data_dir))
         folder = root / BENCHMARKS[config.benchmark].folder
     sample = (options.ratio, options.minimum, config.data.seed)
-    return PoolOrigin(options.source, folder, *sample, with_answers=options.pool_answers)
+    return PoolOrigin(
+        options.source,
+        folder,
+        *sample,
+        # Rows that are trained on have their answers as targets.
+        with_answers=options.pool_answers and samples == "inputs",
+        needs_answers=samples != "inputs",
+    )

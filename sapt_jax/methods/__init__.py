@@ -21,6 +21,9 @@ NAMES = (
     "any_ssr",
     "inf_lora",
     "gain_lora",
+    "replay",
+    "lfpt5",
+    "joint",
 )
 
 

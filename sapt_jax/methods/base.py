@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +21,7 @@ from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
 # drops only where it is given a key. With collect=name it gives what its modules say under that name instead, such as
 # `layers.MOMENTS`.
 Apply = Callable[..., Any]
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 Logs = dict[str, jax.Array]
 
 # The kind of rows that stand for earlier tasks, by config.pseudo_samples.source.
@@ -73,8 +73,10 @@ class Method(abc.ABC):
         SAPT's "attention" over task keys; "gated", each at a weight of its own; or "routed", by default: anything else.
         A method with a `mixture` of its own says "sum" or "one" where after a task it answers with these blocks of the
         bank alone.
-      samples: what the method wants of earlier tasks: "inputs" for its penalty, "pairs" of inputs and answers for its
-        batches, or None.
+      samples: what the method wants of earlier tasks: "inputs" for its penalty; "pairs" of inputs and answers for its
+        batches; "texts", these pairs, written by its own block, which every row of a batch teaches to write; or None.
+      replay: the share of a batch that rows of earlier tasks fill; batches then have `task` and `weight`.
+      equal: of tasks that are learned together, an epoch has equally many rows.
       pass_before, pass_after: the split that `measure` reads before a task's first step and after its last, or None.
       rows_before: training inputs whose features `begin_task` is given.
       rows_after: the most rows that the pass after a task reads, drawn from the split; 0 is all.
@@ -107,6 +109,14 @@ class Method(abc.ABC):
     @property
     def pass_before(self) -> str | None:
         return None
+
+    @property
+    def replay(self) -> float:
+        return 0.0
+
+    @property
+    def equal(self) -> bool:
+        return False
 
     @property
     def rows_before(self) -> int:
@@ -143,6 +153,10 @@ class Method(abc.ABC):
     def capacity(self, num_tasks: int) -> int:
         """Slots that the bank needs for a sequence of `num_tasks`."""
         return num_tasks
+
+    def lessons(self, num_tasks: int) -> Sequence[tuple[int, ...]]:
+        """The tasks that are learned together, in turn; all of them are known from the last of them on."""
+        return [(index,) for index in range(num_tasks)]
 
     def slot_index(self, task_index: int) -> int:
         """The slot that task `task_index` (0-based) trains."""
@@ -236,13 +250,13 @@ class Method(abc.ABC):
     ) -> tuple[jax.Array, Logs]:
         """Token cross-entropy in nats under the mixture of weights [B, T], logged with them: attention [T].
 
+        Where the batch says how much a row counts, its tokens do.
+
         Args:
           apply: with the batch's random numbers bound to it, for models that drop in training.
         """
-        mixture = self.mixture(frozen, trainable, weights, task)
-        answers = (batch[name] for name in ("source", "source_mask", "target", "target_mask"))
-        logits = apply(frozen.base, *answers, mixture)
-        nll, _ = token_cross_entropy(logits, batch["target"], batch["target_mask"])
+        logits = answer_logits(apply, frozen.base, batch, self.mixture(frozen, trainable, weights, task))
+        nll, _ = token_cross_entropy(logits, batch["target"], batch["target_mask"], batch.get("weight"))
         return nll, {"attention": jnp.sum(weights * real_rows(batch)[:, None], axis=0)}
 
     def penalty(
@@ -306,6 +320,11 @@ def sum_of_slots(frozen: Frozen, features: jax.Array, task: Task) -> jax.Array:
     """Weights [..., T] that are 1 on every active slot."""
     active = state.active_slots(frozen, task).astype(jnp.float32)
     return jnp.broadcast_to(active, (*features.shape[:-1], active.shape[0]))
+
+
+def answer_logits(apply: Apply, base: Tree, batch: Batch, mixture: Mixture) -> jax.Array:
+    """Logits [B, L, V] of a batch's answers under a mixture."""
+    return apply(base, *(batch[name] for name in ("source", "source_mask", "target", "target_mask")), mixture)
 
 
 def real_rows(batch: Batch) -> jax.Array:

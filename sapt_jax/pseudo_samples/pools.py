@@ -1,10 +1,13 @@
 """The pools of pseudo-samples that a run has so far, and what a method sees of them."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from sapt_jax import sharding
 from sapt_jax.data.encoding import EncodedSplit
+from sapt_jax.data.lesson import Lesson, make_lesson
 from sapt_jax.data.pseudo_samples import pool_size
 from sapt_jax.data.stream import Stream
 from sapt_jax.evaluation import features_of
@@ -26,11 +29,18 @@ def rows_kept(pools: Pools, num_tasks: int) -> int:
     return sum(len(pools[index]) for index in range(num_tasks) if index in pools)
 
 
+def lesson(run: Run, pools: Pools, together: Sequence[int]) -> Lesson:
+    """What the batches are made of while these tasks are learned."""
+    own = {index: run.stream.tasks[index].train for index in together}
+    # A writer may have found no sample at all.
+    earlier = {index: pools[index] for index in range(together[0]) if len(pools.get(index, ()))}
+    return make_lesson(together[-1], own, earlier, run.method.replay, run.method.equal)
+
+
 def samples(run: Run, base: Tree, pools: Pools, num_tasks: int) -> Samples | None:
     """The features of the first tasks' pseudo-samples, each in its slot's row; None for a method that wants none."""
     if run.method.samples != "inputs":
         return None
-    # A writer may have found no sample at all.
     filled = [index for index in range(num_tasks) if len(pools.get(index, ()))]
     found = {run.method.slot_index(index): features_of(run, base, pools[index]) for index in filled}
     width = jax.eval_shape(run.programs.features, base, *_one_input()).shape[-1]

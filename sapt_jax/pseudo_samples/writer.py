@@ -1,7 +1,9 @@
 """Pseudo-samples that the model writes itself: a block learns to write a task's inputs, and is sampled (section 3.3).
 
 The writer is a run inside the run, with one LoRA block on the plain model. Its tasks are those of the run, their
-sources a fixed cue, their answers the texts of `written_samples`; every task starts from a fresh block.
+sources a fixed cue, their answers the texts of `encode_texts`; every task starts from a fresh block. A method whose own
+block learns to write (`Method.samples` is "texts") needs no other: its writer is the run itself, asked by each task's
+own cue.
 
     WORKDIR/tasks/00-NAME/writer/                                     Orbax: the block in training
     WORKDIR/tasks/00-NAME/generated_data/BENCHMARK/NAME/train.json    the pool; where it is there, the task is done
@@ -9,7 +11,6 @@ sources a fixed cue, their answers the texts of `written_samples`; every task st
 """
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -23,11 +24,17 @@ from sapt_jax import state
 from sapt_jax.config import make_method
 from sapt_jax.data.benchmarks import BENCHMARKS
 from sapt_jax.data.buckets import choose_buckets
-from sapt_jax.data.encoding import EncodedSplit, Ragged
-from sapt_jax.data.prompts import EncodingRules, encode_prompt, make_prompt
-from sapt_jax.data.pseudo_samples import encode_pseudo_samples, pool_size, read_pseudo_samples
-from sapt_jax.data.stream import EncodedTask, Stream, encoding_rules
-from sapt_jax.data.task import Task
+from sapt_jax.data.encoding import EncodedSplit, Ragged, encode_texts
+from sapt_jax.data.prompts import CUE, EncodingRules, Writing
+from sapt_jax.data.pseudo_samples import (
+    PseudoSamples,
+    check_answers,
+    encode_pseudo_samples,
+    pool_size,
+    read_pseudo_samples,
+)
+from sapt_jax.data.stream import EncodedTask, Stream, cut_texts, encoding_rules, writing_rules
+from sapt_jax.data.task import Instance, Task
 from sapt_jax.decoding.answers import Ends, Sampling, make_sample
 from sapt_jax.evaluation import Trees, mixture_weights
 from sapt_jax.fit import Fitted, fit
@@ -35,11 +42,12 @@ from sapt_jax.methods.base import Seen
 from sapt_jax.passes import map_sources
 from sapt_jax.programs import make_apply, make_programs
 from sapt_jax.pseudo_samples import written_samples
+from sapt_jax.pseudo_samples.pools import lesson
 from sapt_jax.pseudo_samples.written_samples import Collection
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen, Trainable
 from sapt_jax.storage import checkpoints
-from sapt_jax.storage.costs import Meter, write_costs
+from sapt_jax.storage.costs import Costs, Meter, write_costs
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
 EXAMPLES = 5
@@ -51,7 +59,7 @@ class Writer:
     """What writes the pseudo-samples of a run.
 
     Attributes:
-      run: learns the texts, one task after the other.
+      run: learns the texts, one task after the other, where the method's own block has not learned them.
       sample: see `decoding.answers.make_sample`.
     """
 
@@ -61,19 +69,20 @@ class Writer:
 
 def make_writer(run: Run) -> Writer:
     """The writer of a run, for all of its tasks: they share its programs."""
-    config, options = _writer_config(run.config), run.config.pseudo_samples.writer
-    method, tokenizer = make_method(config), run.tokenizer
+    options, tokenizer = run.config.pseudo_samples.writer, run.tokenizer
     ends = Ends(options.max_length, tokenizer.eos_id, tokenizer.pad_id)
-    own = dataclasses.replace(
-        run,
-        config=config,
-        stream=_writer_stream(run),
-        method=method,
-        programs=make_programs(config, run.model, method, run.mesh, ends),
-        kind=WRITER,
-    )
+    own = dataclasses.replace(run, stream=_writer_stream(run), kind=WRITER)
+    if not _writes_itself(run):
+        config = _writer_config(run.config)
+        method = make_method(config)
+        programs = make_programs(config, run.model, method, run.mesh, ends)
+        own = dataclasses.replace(own, config=config, method=method, programs=programs)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    return Writer(own, make_sample(make_apply(run.model), method, ends, sampling))
+    return Writer(own, make_sample(make_apply(run.model), own.method, ends, sampling))
+
+
+def _writes_itself(run: Run) -> bool:
+    return run.method.samples == "texts"
 
 
 def _writer_config(config: ConfigDict) -> Any:
@@ -108,17 +117,18 @@ def _writer_config(config: ConfigDict) -> Any:
 
 def _writer_stream(run: Run) -> Stream:
     config, options = run.config, run.config.pseudo_samples.writer
-    rules = encoding_rules(config, run.tokenizer, run.model.padding_side)
+    rules = dataclasses.replace(
+        encoding_rules(config, run.tokenizer, run.model.padding_side),
+        writing=Writing(CUE, options.answers, options.max_length),
+    )
     empty = Ragged.from_rows([])
     nothing = EncodedSplit(empty, empty, 0, 0)
 
-    def encode(task: Task) -> EncodedTask:
-        split = written_samples.encode_writer_split(
-            task, answers=options.answers, tokenizer=run.tokenizer, rules=rules, max_length=options.max_length
-        )
-        return EncodedTask(task, split, nothing, nothing, None)
+    def encode(task: EncodedTask) -> EncodedTask:
+        texts = task.train.writing or encode_texts(task.task.train, task.task.definition, run.tokenizer, rules)
+        return EncodedTask(task.task, texts, nothing, nothing, None)
 
-    tasks = tuple(encode(task.task) for task in run.stream.tasks)
+    tasks = tuple(encode(task) for task in run.stream.tasks)
     buckets = choose_buckets(
         np.concatenate([task.train.lengths for task in tasks]),
         max_buckets=config.data.max_buckets,
@@ -137,15 +147,25 @@ def write_pool(run: Run, writer: Writer, trees: Trees, task_index: int) -> Encod
       trees: frozen and trainable as the task left them; they say how the samples attend.
     """
     task = run.stream.tasks[task_index].task
-    rules = _prompt_rules(run)
-    encode = functools.partial(encode_pseudo_samples, template=task.prompt, tokenizer=run.tokenizer, rules=rules)
+    rules = _prompt_rules(run, task.name)
+
+    def encode(pool: PseudoSamples) -> EncodedSplit:
+        encoded = encode_pseudo_samples(pool, template=task.prompt, tokenizer=run.tokenizer, rules=rules)
+        return cut_texts(encoded, run.stream.texts[1]) if run.stream.texts else encoded
+
     folder = checkpoints.task_folder(run.workdir, task_index, task.name)
     file = written_samples.pool_file(folder, BENCHMARKS[run.config.benchmark].folder, task.name)
     if file.is_file():
-        return encode(read_pseudo_samples(file.parent.parent, task.name, may_be_empty=True))
-    blank, meter = writer.run.empty(trees[0].base, 1), Meter()
-    trainable, before = _train(writer, blank, task_index)
-    collection = _collect(writer, (blank, trainable), task_index, rules)
+        found = read_pseudo_samples(file.parent.parent, task.name, may_be_empty=True)
+        if run.method.replay:
+            check_answers(found, file)
+        return encode(found)
+    meter, before, learned = Meter(), Costs(), trees
+    if not _writes_itself(run):
+        blank = writer.run.empty(trees[0].base, 1)
+        trainable, before = _train(writer, blank, task_index)
+        learned = blank, trainable
+    collection = _collect(writer, learned, task_index, rules)
     pool = collection.pool(task.name)
     encoded = encode(pool)
     quality = written_samples.describe_pool(pool, task) | _attention_gap(run, trees, task_index, encoded)
@@ -159,11 +179,12 @@ def write_pool(run: Run, writer: Writer, trees: Trees, task_index: int) -> Encod
     return encoded
 
 
-def _prompt_rules(run: Run) -> EncodingRules:
+def _prompt_rules(run: Run, name: str) -> EncodingRules:
     """Of the prompts that samples become: within the batch shapes, although a written definition may be long."""
+    writing = writing_rules(run.config, name) if _writes_itself(run) else None
     rules = encoding_rules(run.config, run.tokenizer, run.model.padding_side)
     longest = max(source for source, _ in run.stream.buckets)
-    return dataclasses.replace(rules, max_source_length=min(rules.max_source_length, longest))
+    return dataclasses.replace(rules, max_source_length=min(rules.max_source_length, longest), writing=writing)
 
 
 def _train(writer: Writer, blank: Frozen, task_index: int) -> Fitted:
@@ -172,7 +193,7 @@ def _train(writer: Writer, blank: Frozen, task_index: int) -> Fitted:
     def begin() -> Trainable:
         return run.programs.begin_task(blank, None, Seen(), run.task(task_index))
 
-    return fit(run, blank, begin, task_index, None)
+    return fit(run, blank, begin, lesson(run, {}, (task_index,)), None)
 
 
 def _collect(writer: Writer, trees: Trees, task_index: int, rules: EncodingRules) -> Collection:
@@ -215,8 +236,11 @@ def _judge(run: Run, row: np.ndarray, task: Task, rules: EncodingRules) -> writt
     sample = written_samples.read_sample(run.tokenizer.decode(row[: ends[0]]), answers)
     if isinstance(sample, str):
         return sample
-    _, cut = encode_prompt(make_prompt(task.prompt, sample.definition, sample.input), run.tokenizer, rules)
-    return "too long" if cut else sample
+    if answers and task.labels and sample.answer not in task.labels:
+        return "no label"
+    alone = PseudoSamples(sample.definition, (Instance("", sample.input, (sample.answer,)),))
+    encoded = encode_pseudo_samples(alone, template=task.prompt, tokenizer=run.tokenizer, rules=rules)
+    return "too long" if encoded.truncated_sources or encoded.truncated_targets else sample
 
 
 def _attention_gap(run: Run, trees: Trees, task_index: int, pool: EncodedSplit) -> dict[str, float]:

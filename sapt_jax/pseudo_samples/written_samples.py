@@ -1,8 +1,4 @@
-"""Samples that a writer writes: their text, what of it is kept, and how it compares with the real inputs.
-
-A writer learns to answer `CUE` with `{definition}__inp__{input}`, and `__ans__{output}` after it where answers are
-wanted (SAPT, section 3.3, in the format of its released code).
-"""
+"""Samples that a writer writes: what of a text is kept, and how it compares with the real inputs."""
 
 import collections
 import dataclasses
@@ -12,15 +8,10 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from sapt_jax.data.encoding import EncodedSplit, Ragged
-from sapt_jax.data.prompts import EncodingRules, Prompt, Tokenizer, encode_answer, encode_prompt
+from sapt_jax.data.prompts import ANSWER_MARK, INPUT_MARK
 from sapt_jax.data.pseudo_samples import PseudoSamples
 from sapt_jax.data.task import Instance, Task
 from sapt_jax.storage.paths import as_path
-
-CUE = "__gen__"
-INPUT_MARK = "__inp__"
-ANSWER_MARK = "__ans__"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +21,6 @@ class Sample:
     definition: str
     input: str
     answer: str
-
-
-def write_sample(definition: str, instance: Instance, answers: bool) -> str:
-    """The text that the writer learns for an instance."""
-    answer = f"{ANSWER_MARK}{instance.outputs[0]}" if answers else ""
-    return f"{definition.strip()}{INPUT_MARK}{instance.input}{answer}"
 
 
 def read_sample(text: str, answers: bool) -> Sample | str:
@@ -51,24 +36,6 @@ def read_sample(text: str, answers: bool) -> Sample | str:
     if answers and not answer.strip():
         return "no answer"
     return Sample(definition.strip(), written.strip(), answer.strip() if answers else "")
-
-
-def encode_writer_split(
-    task: Task, *, answers: bool, tokenizer: Tokenizer, rules: EncodingRules, max_length: int
-) -> EncodedSplit:
-    """What the writer learns of a task: the cue as source, each training instance's text as target.
-
-    A text over `max_length` tokens is cut and then has no end, so that the writer does not learn to end early.
-    """
-    rules = dataclasses.replace(
-        rules, max_target_length=max_length, target_keeps_end=False, on_long_target="cut", references="first"
-    )
-    targets = [
-        encode_answer(write_sample(task.definition, instance, answers), tokenizer, rules) for instance in task.train
-    ]
-    cue, _ = encode_prompt(Prompt("", CUE, ""), tokenizer, rules)
-    sources = Ragged.from_rows([cue] * len(targets))
-    return EncodedSplit(sources, Ragged.from_rows([ids for ids, _ in targets]), 0, sum(cut for _, cut in targets))
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ from rich.table import Table
 from sapt_jax.command_line import parse_flags, told_in_one_line
 from sapt_jax.config import check_config
 from sapt_jax.data.batching import Prefetch, Share, Steps, eval_batches, steps_per_epoch, train_batches
+from sapt_jax.data.lesson import make_lesson
 from sapt_jax.data.stream import EncodedTask, Stream
 from sapt_jax.pretrained.tokenizer import Tokenizer
 from sapt_jax.results.cautions import cautions
@@ -101,9 +102,10 @@ def full_pass(stream: Stream, *, train_batch_size: int, eval_batch_size: int) ->
     batches = rows = tokens = positions = 0
     start = time.perf_counter()
     whole, prefetch = Share(0, 1), Prefetch(threads=1, batches=4)
-    for task in stream.tasks:
-        epoch = Steps(seed=0, task_index=0, start=0, stop=steps_per_epoch(len(task.train), train_batch_size))
-        made = train_batches(task.train, stream.layout(train_batch_size), epoch, whole, prefetch)
+    for index, task in enumerate(stream.tasks):
+        epoch = Steps(seed=0, start=0, stop=steps_per_epoch(len(task.train), train_batch_size))
+        lesson = make_lesson(index, {index: task.train}, {}, 0.0)
+        made = train_batches(lesson, stream.layout(train_batch_size), epoch, whole, prefetch)
         evaluated = [
             {name: batch[name] for name in ("source", "source_mask")}
             for split in (task.dev, task.test)

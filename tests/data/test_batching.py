@@ -10,6 +10,7 @@ import pytest
 from sapt_jax.data import batching
 from sapt_jax.data.buckets import assign_buckets, check_buckets, choose_buckets, source_buckets
 from sapt_jax.data.encoding import EncodedSplit, Ragged
+from sapt_jax.data.lesson import Lesson, make_lesson
 
 
 def layout(buckets, batch_size=8, padding_side="left", pad_id=0):
@@ -33,6 +34,10 @@ def random_buckets(rng, lengths):
     )
 
 
+def lesson_of(split, index=1):
+    return split if isinstance(split, Lesson) else make_lesson(index, {index: split}, {}, 0.0)
+
+
 def rows_of(batch, split) -> list[int]:
     """The rows a batch holds, found by their first source token; -1 for filler."""
     first = {int(split.sources[i][0]): i for i in range(len(split))}
@@ -43,9 +48,9 @@ def rows_of(batch, split) -> list[int]:
 
 
 def take(split, buckets, *, start=0, steps, batch_size=4, process=(0, 1), threads=2, per_epoch=None):
-    own, share = batching.Steps(seed=3, task_index=1, start=start, stop=steps), batching.Share(*process)
+    own, share = batching.Steps(seed=3, start=start, stop=steps), batching.Share(*process)
     whole = dataclasses.replace(layout(buckets, batch_size), epoch_batches=per_epoch)
-    return list(batching.train_batches(split, whole, own, share, batching.Prefetch(threads, batches=4)))
+    return list(batching.train_batches(lesson_of(split), whole, own, share, batching.Prefetch(threads, batches=4)))
 
 
 def assert_same(one, other):
@@ -63,7 +68,7 @@ def test_every_row_once_per_epoch_in_a_constant_number_of_batches(trial):
     split = random_split(rng, n)
     buckets = random_buckets(rng, split.lengths)
     for epoch in range(3):
-        plan = batching.epoch_plan(split.lengths, layout(buckets, batch_size), seed=trial, task_index=2, epoch=epoch)
+        plan = batching.epoch_plan(lesson_of(split, 2), layout(buckets, batch_size), seed=trial, epoch=epoch)
         assert len(plan) == batching.steps_per_epoch(n, batch_size)
         rows = np.concatenate([rows for _, rows in plan])
         assert sorted(rows[rows != -1]) == list(range(n))
@@ -97,8 +102,8 @@ def test_epochs_tasks_and_seeds_shuffle_differently_and_the_same_key_alike():
     split = random_split(rng, 64)
     buckets = random_buckets(rng, split.lengths)
 
-    def flat(**key):
-        plan = batching.epoch_plan(split.lengths, layout(buckets), **key)
+    def flat(task_index, **key):
+        plan = batching.epoch_plan(lesson_of(split, task_index), layout(buckets), **key)
         return tuple(np.concatenate([rows for _, rows in plan]).tolist())
 
     keys = [dict(seed=s, task_index=t, epoch=e) for s, t, e in itertools.product(range(2), repeat=3)]
@@ -112,7 +117,7 @@ def test_rows_within_a_bucket_change_company_between_epochs():
     buckets = check_buckets([(64, 12)])
 
     def companies(epoch):
-        plan = batching.epoch_plan(split.lengths, layout(buckets), seed=0, task_index=0, epoch=epoch)
+        plan = batching.epoch_plan(lesson_of(split), layout(buckets), seed=0, epoch=epoch)
         return {frozenset(rows.tolist()) for _, rows in plan}
 
     assert not companies(0) & companies(1)
@@ -243,7 +248,8 @@ def test_buckets_leave_room_for_a_prompt():
     buckets = choose_buckets(lengths, max_buckets=4, source_multiple=16, target_multiple=4, prompt_length=10)
     assert all((source + 10) % 16 == 0 and target % 4 == 0 for source, target in buckets)
     assert (lengths.max(axis=0) <= np.array(buckets[-1])).all()
-    plan = batching.epoch_plan(lengths, layout(buckets), seed=0, task_index=0, epoch=0)
+    ragged = [Ragged.from_rows([range(n) for n in side]) for side in lengths.T]
+    plan = batching.epoch_plan(lesson_of(EncodedSplit(*ragged, 0, 0)), layout(buckets), seed=0, epoch=0)
     rows = sum(len(own) for _, own in plan)
     assert batching.count_positions(plan, 10) == batching.count_positions(plan, 0) + 10 * rows
 

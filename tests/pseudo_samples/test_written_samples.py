@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from sapt_jax.data.encoding import encode_texts
+from sapt_jax.data.prompts import CUE, Writing, write_sample
 from sapt_jax.data.pseudo_samples import PseudoSamples, read_pseudo_samples
 from sapt_jax.data.task import Instance, Task
 from sapt_jax.pseudo_samples import written_samples
-from sapt_jax.pseudo_samples.written_samples import Collection, Sample, read_sample, write_sample
+from sapt_jax.pseudo_samples.written_samples import Collection, Sample, read_sample
 from tests.helpers.data_fakes import WordTokenizer, random_task, rules
 
 INSTANCE = Instance("x-1", "the  cat sat", ("on a mat", "down"))
@@ -48,7 +50,7 @@ def test_a_second_input_mark_ends_the_sample():
 def test_the_writer_learns_every_training_input_after_one_cue():
     task = random_task(np.random.default_rng(1), "t", sizes=(7, 2, 2))
     tokenizer = WordTokenizer()
-    split = written_samples.encode_writer_split(task, answers=False, tokenizer=tokenizer, rules=rules(), max_length=200)
+    split = encode_texts(task.train, task.definition, tokenizer, rules(writing=Writing(CUE, False, 200)))
     assert len(split) == 7 and split.truncated_targets == 0
     assert len({tuple(split.sources[i]) for i in range(7)}) == 1
     for i, instance in enumerate(task.train):
@@ -61,7 +63,7 @@ def test_a_long_text_has_no_end():
     task = random_task(np.random.default_rng(2), "t", sizes=(3, 1, 1))
     task = dataclasses.replace(task, train=(Instance("long", "word " * 50, ("x",)),))
     tokenizer = WordTokenizer()
-    split = written_samples.encode_writer_split(task, answers=False, tokenizer=tokenizer, rules=rules(), max_length=20)
+    split = encode_texts(task.train, task.definition, tokenizer, rules(writing=Writing(CUE, False, 20)))
     assert split.truncated_targets == 1 and len(split.targets[0]) == 20
     assert tokenizer.eos_id not in split.targets[0]
 

@@ -24,6 +24,7 @@ from sapt_jax.tools.compile_check import model_flops
 # Tasks of both benchmarks, and pseudo-samples of the largest pool (2% of dbpedia's training set).
 TASKS = 15
 POOL_ROWS = 280
+CUE_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,7 @@ def programs_of(config: Any, mesh: Mesh) -> list[Program]:
         programs = make_programs(config, model, method, mesh, ends)
         frozen = _frozen(config, model, method, capacity, mesh)
     batch, task, trainable = _batch((rows, source, target), mesh), _task(method, mesh), programs.state.trainable
+    batch = _with_replay(batch, method, mesh)
     inputs = [_batch((asked, source, target), mesh)[name] for name in ("source", "source_mask")]
     samples = _samples(method, frozen, jax.eval_shape(programs.features, frozen.base, *inputs), mesh)
     question = (frozen, trainable, *inputs, task)
@@ -130,13 +132,26 @@ def _batch(sizes: tuple[int, int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeS
     return ids | masks
 
 
+def _with_replay(batch: dict[str, Any], method: Method, mesh: Mesh) -> dict[str, Any]:
+    """The batch as a method with replay trains on it."""
+    if not method.replay:
+        return batch
+    (rows, source), target = batch["source"].shape, batch["target"].shape[1]
+    split = sharding.batch_sharding(mesh)
+    weight = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=split)
+    batch = batch | {"task": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split), "weight": weight}
+    if method.samples == "texts":
+        batch["writing"] = _batch((rows, CUE_TOKENS, source + target), mesh) | {"weight": weight}
+    return batch
+
+
 def _task(method: Method, mesh: Mesh) -> Task:
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     return Task(number, number, number, number if method.needs_task_id else None)
 
 
 def _samples(method: Method, frozen: Frozen, features: jax.ShapeDtypeStruct, mesh: Mesh) -> Samples | None:
-    if method.samples is None:
+    if method.samples != "inputs":
         return None
     capacity, whole = frozen.enabled.shape[0], sharding.replicated(mesh)
     return Samples(
