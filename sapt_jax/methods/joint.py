@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
 
 from sapt_jax.methods.sequential import Sequential
 from sapt_jax.settings import setting
@@ -21,8 +20,6 @@ class Joint(Sequential):
         "Rows of an epoch: every row once, or equally many of each task, small ones again and of large ones a part.",
         choices=("proportional", "equal"),
     )
-
-    mixing: ClassVar[str] = "one"
 
     @property
     def equal(self) -> bool:

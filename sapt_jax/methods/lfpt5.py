@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,6 @@ class Lfpt5(Sequential):
     share: float = setting(0.25, "Of the rows of a batch that are of earlier tasks.", POSITIVE)
     distillation: float = setting(0.1, "Weight of the KL; the other losses have the rest.", NOT_NEGATIVE)
     writing: float = setting(0.25, "Weight of the writing loss; theirs is 0.10 for summaries.", NOT_NEGATIVE)
-
-    mixing: ClassVar[str] = "one"
 
     @property
     def samples(self) -> str | None:

@@ -1,7 +1,6 @@
 """Replay: one block that goes on learning, with a share of every batch from the tasks before."""
 
 import dataclasses
-from typing import ClassVar
 
 from sapt_jax.methods.sequential import Sequential
 from sapt_jax.settings import POSITIVE, setting
@@ -19,8 +18,6 @@ class Replay(Sequential):
     """
 
     share: float = setting(0.25, "Of the rows of a batch that are of earlier tasks.", POSITIVE)
-
-    mixing: ClassVar[str] = "one"
 
     @property
     def samples(self) -> str | None:
