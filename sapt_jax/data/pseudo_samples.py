@@ -78,7 +78,6 @@ def check_pairs(options: Any) -> None:
     """
     wrong = {
         "none": "there are no rows of earlier tasks to train on",
-        "statistics": "a Gaussian of inputs has no rows to train on",
         "generate": "the model writes samples without answers" if not options.writer.answers else "",
     }
     if reason := wrong.get(options.source):

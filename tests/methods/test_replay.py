@@ -78,7 +78,7 @@ def test_what_has_no_answers_is_refused(tmp_path):
     def config(**overrides):
         return tiny_config(data_dir, method="replay", **overrides)
 
-    refusals = {"none": "there are no rows", "statistics": "has no rows", "generate": "writes samples without answers"}
+    refusals = {"none": "there are no rows", "generate": "writes samples without answers"}
     for source, message in refusals.items():
         with pytest.raises(
             ValueError, match=f'source="{source}": .*{message}.*Set config.pseudo_samples.source="train"'
