@@ -30,7 +30,8 @@ POSITIVE_SETTINGS = (
     "train.log_every_steps", "optimizer.max_grad_norm", "eval.batch_size", "eval.max_new_tokens", "eval.beams",
 )  # fmt: skip
 NOT_NEGATIVE_SETTINGS = (
-    "sapt.kl_ratio", "sapt.warm_start_steps", "pet.capacity", "pseudo_samples.ratio", "pseudo_samples.minimum",
+    "sapt.kl_ratio", "sapt.warm_start_steps", "sapt.young_steps", "pet.capacity",
+    "pseudo_samples.ratio", "pseudo_samples.minimum",
     "data.dev_size", "data.max_train", "data.max_dev", "data.max_test", "data.prefetch_threads",
     "train.max_steps", "train.patience", "train.checkpoint_every_steps",
     "optimizer.learning_rate", "optimizer.warmup_steps", "pseudo_samples.writer.learning_rate",
@@ -41,6 +42,7 @@ CHOICES = {
     "pet.kind": ("lora", "prompt"),
     "sapt.learning": ("attention", "own", "mean"),
     "sapt.selection": ("attention", "mean"),
+    "sapt.key_start": ("random", "query"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),

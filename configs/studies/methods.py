@@ -10,6 +10,13 @@ from sapt_jax.methods import METHODS
 SOURCES = ("statistics", "generate", "files", "train", "none")
 # By what stands for the inputs of earlier tasks in the reflection loss.
 SAPT = {f"sapt-{source}": {"method": "sapt", "pseudo_samples.source": source} for source in SOURCES}
+# Ways to open a task's slot that leave the others a share, in place of the warm start.
+TRANSFER = {
+    "sapt-key": {"sapt.key_start": "query", "sapt.warm_start_steps": 0},
+    "sapt-floor": {"sapt.young_steps": 16, "sapt.warm_start_steps": 0},
+    "sapt-key-floor": {"sapt.key_start": "query", "sapt.young_steps": 16, "sapt.warm_start_steps": 0},
+}
+SAPT |= {name: SAPT["sapt-statistics"] | changes for name, changes in TRANSFER.items()}
 # What the paper compares SAPT with, and the bound.
 PAPER = ("sapt-files", "sapt-statistics", "sapt-generate", "sequential", "single_task", "inc_lora", "o_lora", "epi")
 PAPER += ("replay", "l2p", "lfpt5", "prog_prompt")

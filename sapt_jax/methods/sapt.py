@@ -14,7 +14,7 @@ from sapt_jax.methods import gaussians
 from sapt_jax.methods.base import Apply, Batch, Logs, Method, Samples, Seen, own_slot, real_rows
 from sapt_jax.methods.pooling import max_over_tokens
 from sapt_jax.methods.reflection import reflection_loss
-from sapt_jax.methods.shared_attention import SharedAttention
+from sapt_jax.methods.shared_attention import QueryProjection, SharedAttention
 from sapt_jax.settings import NOT_NEGATIVE, POSITIVE, setting
 from sapt_jax.state import Frozen, Leaf, Parameters, Task, Trainable, Tree
 
@@ -61,6 +61,19 @@ class Sapt(Method):
     )
     warm_start_learning_rate: float = setting(2e-3, "Of these updates, by Adam.", POSITIVE)
 
+    key_start: str = setting(
+        "random",
+        'Where a key begins: at random, as in the paper, or with "query" along the mean query of its task\'s inputs, '
+        "with as large a share of them as the mean of the earlier slots.",
+        choices=("random", "query"),
+    )
+    young_steps: int = setting(
+        0,
+        "First updates of a task in which its block has a share of at least 1 / tasks so far, which falls to nothing "
+        "over them; not in the paper.",
+        NOT_NEGATIVE,
+    )
+
     mixing: ClassVar[str] = "attention"
     pass_after: ClassVar[str | None] = "dev"
 
@@ -74,7 +87,7 @@ class Sapt(Method):
 
     @property
     def rows_before(self) -> int:
-        return WARM_START_ROWS if self.warm_start_steps else 0
+        return WARM_START_ROWS if self.warm_start_steps or self.key_start == "query" else 0
 
     @property
     def routes(self) -> bool:
@@ -115,6 +128,8 @@ class Sapt(Method):
         if previous is not None:
             kept = previous.selector["query_projection"]
             fresh = fresh.replace(selector={**fresh.selector, "query_projection": kept})
+        if self.key_start == "query":
+            fresh = fresh.replace(selector=self._along_mean_query(frozen, fresh.selector, seen, task))
         if not self.warm_start_steps:
             return fresh
         return fresh.replace(selector=self.warm_start(warm_rng, frozen, fresh, seen, task))
@@ -155,9 +170,14 @@ class Sapt(Method):
         self, frozen: Frozen, trainable: Trainable, features: jax.Array, task: Task, training: bool
     ) -> jax.Array:
         kind = self.learning if training else self.selection
-        if kind == "attention":
-            return jnp.exp(self.log_weights(frozen, trainable, features, task))
         active = state.active_slots(frozen, task)
+        if kind == "attention":
+            attention = jnp.exp(self.log_weights(frozen, trainable, features, task))
+            if not (training and self.young_steps) or task.step is None:
+                return attention
+            youth = jnp.maximum(1 - task.step / self.young_steps, 0.0)
+            floor = youth / jnp.maximum(active.sum(), 1)
+            return (1 - floor) * attention + floor * own_slot(frozen, features, task.slot)
         if kind == "own":
             return own_slot(frozen, features, task.slot) * active
         return jnp.broadcast_to(active / jnp.maximum(active.sum(), 1), (*features.shape[:-1], active.shape[0]))
@@ -228,6 +248,23 @@ class Sapt(Method):
             f"the mean attention on the new slot stayed under {CLOSED_GATE:.0%}, so older blocks learned the task. "
             "Raise config.sapt.warm_start_steps, or lower config.sapt.kl_ratio."
         )
+
+    def _along_mean_query(self, frozen: Frozen, selector: Tree, seen: Seen, task: Task) -> Tree:
+        """The selector with its key along the mean query of the task's inputs; a first task's stays as it is.
+
+        Its length lets the mean log odds of the new slot against the t - 1 earlier ones together be -log(t - 1): a
+        share of 1 / t, where a key of U(-1, 1) begins anywhere, and the warm start ends near 1.
+        """
+        if seen.features is None:
+            raise ValueError("a key along the mean query needs features of the task's inputs")
+        projection = QueryProjection(self.query_hidden, self.query_init_std)
+        queries = cast(jax.Array, projection.apply({"params": selector["query_projection"]}, seen.features))
+        earlier, scale = state.earlier_slots(frozen, task), self.temperature * queries.shape[-1] ** 0.5
+        scores = jnp.where(earlier, queries @ frozen.memory["keys"].T / scale, -jnp.inf)
+        wanted = jnp.mean(jax.nn.logsumexp(scores, axis=-1)) - jnp.log(earlier.sum())
+        mean = queries.mean(axis=0)
+        key = mean * wanted * scale / jnp.maximum(mean @ mean, 1e-9)
+        return {**selector, "key": jnp.where(earlier.any(), key, selector["key"])}
 
     @property
     def _draws_from_gaussians(self) -> bool:

@@ -157,3 +157,41 @@ def test_the_selector_is_what_the_attention_module_declares():
     }
     assert leaves["query_projection"]["down"]["kernel"].shape == (WIDTH, 6)
     assert leaves["key"].shape == (WIDTH,) and leaves["key"].axes == ("query",)
+
+
+def test_a_key_along_the_mean_query_begins_with_an_equal_share():
+    method, frozen, second, _, _, new = two_tasks(8, key_start="query")
+    assert method.rows_before == 256
+    third = method.end_task(frozen, second, {"target": jnp.zeros(3)}, at(1)), at(2)
+    for earlier, (kept, task) in enumerate([(frozen, at(1)), third], start=1):
+        started = fresh(method, MODEL, BASE, 7, previous=second, frozen=kept, seen=Seen(features=new), task=task)
+        log = np.asarray(method.log_weights(kept, started, new, task), np.float64)
+        others = np.log(np.exp(log[:, :earlier]).sum(axis=1))
+        np.testing.assert_allclose(np.mean(log[:, earlier] - others), -np.log(earlier), atol=1e-5)
+        # Inputs of one cluster, so that their mean share is near that of their mean.
+        np.testing.assert_allclose(np.exp(log[:, earlier]).mean(), 1 / (earlier + 1), atol=0.02)
+        jax.tree.map(
+            np.testing.assert_array_equal, started.selector["query_projection"], second.selector["query_projection"]
+        )
+    # A withdrawn slot has no share to count, and the first task has nothing to share with.
+    alone = frozen.replace(enabled=jnp.asarray([False, True, True]))
+    for kept, task in ((alone, at(1)), (frozen, at(0))):
+        first, plain = (
+            fresh(each, MODEL, BASE, 7, previous=second, frozen=kept, seen=Seen(features=new), task=task)
+            for each in (method, tiny_method())
+        )
+        np.testing.assert_array_equal(first.selector["key"], plain.selector["key"])
+
+
+def test_the_share_of_a_young_block_has_a_floor_that_falls():
+    method, frozen, second, _, old, _ = two_tasks(9, young_steps=4)
+    attention = np.exp(np.asarray(method.log_weights(frozen, second, old, at(1)), np.float64))
+    for step, floor in ((0, 0.5), (1, 0.375), (3, 0.125), (4, 0.0), (9, 0.0)):
+        found = method.weights(frozen, second, old, at(1).replace(step=jnp.int32(step)), training=True)
+        expected = (1 - floor) * attention + floor * np.array([0, 1, 0])
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+        assert (np.asarray(found)[:, 1] >= floor).all()
+    # Where nothing is trained there is no floor, nor by default.
+    np.testing.assert_allclose(method.weights(frozen, second, old, at(1), training=False), attention, rtol=1e-5)
+    young = at(1).replace(step=jnp.int32(0))
+    np.testing.assert_allclose(tiny_method().weights(frozen, second, old, young, training=True), attention, rtol=1e-5)
