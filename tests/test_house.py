@@ -38,7 +38,7 @@ LAYERS = (
     ("state", "sharding", "settings", "storage", "optimization"),
 )
 # These stand on everything; nothing but themselves imports them.
-ON_TOP = ("export", "convert", "tools", "report", "ask", "predict", "serve", "study")
+ON_TOP = ("export", "convert", "tools", "report", "ask", "predict", "serve", "study", "__main__")
 
 
 def part_of(module):
