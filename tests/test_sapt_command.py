@@ -33,7 +33,10 @@ def test_a_command_is_a_program_of_its_own(name):
 def test_an_unknown_command_is_told_with_the_nearest(capsys):
     assert sapt.main(["comparee", "a"]) == 2
     printed = capsys.readouterr()
-    assert printed.err == "sapt: there is no command 'comparee'. The nearest known name is 'compare'.\n" and not printed.out
+    assert (
+        printed.err == "sapt: there is no command 'comparee'. The nearest known name is 'compare'.\n"
+        and not printed.out
+    )
 
 
 @pytest.mark.slow
