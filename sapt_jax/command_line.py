@@ -42,6 +42,8 @@ def told_in_one_line(name: str = "error", code: int = 1, verbose: bool = False) 
             raise
         if verbose:
             raise
+        if code == 1:
+            sys.exit(f"{name}: {error}")
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(code)
 

@@ -17,19 +17,26 @@ from sapt_jax.config import (
     make_method,
     protocol_of,
 )
+from sapt_jax.contents import contents_of
 from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.stream import split_names
-from sapt_jax.evaluation import features_of, general_loss, test
+from sapt_jax.evaluation import check_stored, features_of, general_loss, test
 from sapt_jax.fit import fit
 from sapt_jax.methods.base import Samples, Seen
 from sapt_jax.passes import gather, sum_batches
 from sapt_jax.pseudo_samples import pools
 from sapt_jax.pseudo_samples.writer import make_writer, write_pool
-from sapt_jax.recorded_config import check_same_run, record_config, upgrade
+from sapt_jax.recorded_config import (
+    check_same_contents,
+    check_same_run,
+    record_config,
+    record_contents,
+    upgrade,
+)
 from sapt_jax.results.references import References, Terms, read_joint_scores, read_single_task_scores
 from sapt_jax.run import Run, open_run
 from sapt_jax.state import Frozen, Trainable, Tree
-from sapt_jax.storage import checkpoints
+from sapt_jax.storage import checkpoints, lock, task_folders
 from sapt_jax.storage.compiled import keep_programs
 from sapt_jax.storage.costs import Meter, forget_peak, write_costs
 from sapt_jax.storage.paths import as_path
@@ -53,17 +60,26 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir = as_path(workdir)
     check_config(config)
     keep_programs(config.compilation_cache)
+    with lock.hold(workdir):
+        return _run(config, workdir)
+
+
+def _run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     check_same_run(config, workdir)
     names = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
-    checkpoints.check_order(workdir, names)
+    task_folders.check_order(workdir, names)
     disabled = _disabled_tasks(config, names, workdir)
     references = _references(config, names)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.make_rules(config.mesh.rules)):
         with open_run(config, workdir, mesh) as (own, base):
+            contents, results = contents_of(own, base), _results(config, workdir, disabled)
+            check_same_contents(contents, config, workdir)
+            check_stored(own, results)
             record_config(config, workdir)
+            record_contents(contents, workdir)
             frozen = own.empty(base, own.capacity, disabled)
-            return _teach(own, frozen, Tale(own, _results(config, workdir, disabled), references))
+            return _teach(own, frozen, Tale(own, results, references))
 
 
 def _teach(run: Run, frozen: Frozen, tale: Tale) -> dict[str, Any]:
@@ -207,7 +223,7 @@ def _disabled_tasks(config: ConfigDict, names: tuple[str, ...], workdir: epath.P
         if name not in names:
             raise ValueError(f"config.disabled_tasks names {name}, which is not in config.task_order.")
         index = names.index(name)
-        if not checkpoints.has_committed(checkpoints.task_folder(workdir, index, name)):
+        if not checkpoints.has_committed(task_folders.task_folder(workdir, index, name)):
             raise ValueError(
                 f"config.disabled_tasks names {name}, which this run has not learned: take it out of the order."
             )

@@ -75,6 +75,21 @@ def general_loss(run: Run, trees: tuple[Frozen, Trainable | None], task: Task) -
     return float(found["nll"] / found["tokens"])
 
 
+def check_stored(run: Run, results: epath.Path) -> None:
+    """Looks at all answers that earlier calls have stored, before anything rests on them.
+
+    Raises:
+      ValueError: from `predictions.read_predictions`.
+    """
+    tasks, learned = run.stream.tasks + run.stream.unseen, len(run.stream.tasks)
+    names = [task.name for task in tasks]
+    for index in range(learned):
+        for tested in (*range(index + 1), *(range(learned, len(tasks)) if index == learned - 1 else ())):
+            file = predictions.predictions_file(results, names, index, tested)
+            if file.exists():
+                predictions.read_predictions(file, tasks[tested].task.test)
+
+
 def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: int) -> Tested:
     """How task `tested` is answered after training `task_index`, from its predictions file where there is one.
 
@@ -88,8 +103,8 @@ def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: i
     if preemption.requested():
         raise preemption.PreemptedError(f"before the test of {names[tested]} after task {names[task_index]}")
     file = predictions.predictions_file(results, names, task_index, tested)
-    if file.is_file():
-        scores, weights = predictions.read_predictions(file)
+    if file.exists():
+        scores, weights = predictions.read_predictions(file, tasks[tested].task.test)
         return Tested(float(np.mean(scores)), _routed(run, trees[0], weights, tested))
     task = tasks[tested]
     texts, weights = predict(run, trees, task.test, run.task(task_index, tested=min(tested, len(run.stream.tasks) - 1)))

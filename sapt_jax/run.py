@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ from sapt_jax.results.figures.style import COLUMN
 from sapt_jax.results.record import read_record
 from sapt_jax.results.terminal import make_console
 from sapt_jax.state import Frozen, Task, Trainable, Tree
-from sapt_jax.storage import checkpoints
+from sapt_jax.storage import checkpoints, task_folders
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +81,7 @@ class Run:
 
     def folder(self, task_index: int) -> epath.Path:
         """Where the checkpoints of a task lie."""
-        folder = checkpoints.task_folder(self.workdir, task_index, self.stream.names[task_index])
+        folder = task_folders.task_folder(self.workdir, task_index, self.stream.names[task_index])
         return folder if self.kind == TRAIN else folder / self.kind
 
     def task(self, task_index: int, steps: int = 0, tested: int | None = None) -> Task:
@@ -182,11 +183,9 @@ def open_run(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Iterator[tu
     ends = Ends(config.eval.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id)
     programs = make_programs(config, model, method, mesh, ends)
     base = load_params(model, options.path, options.param_dtype, mesh, config.seed)
-    learned = [together[-1] for together in method.lessons(len(stream.tasks))]
-    folders = [(index, checkpoints.task_folder(workdir, index, stream.names[index])) for index in learned]
     console = make_console()
     console.quiet = jax.process_index() != 0
-    with RunLog(workdir, resume_from=_resume_point(folders)) as log:
+    with RunLog(workdir, stand=_stand(workdir, stream.names, method)) as log:
         yield Run(config, workdir, mesh, model, tokenizer, stream, method, programs, log, console), base
 
 
@@ -202,10 +201,11 @@ def _check_batch_sizes(config: ConfigDict, method: Method, mesh: Mesh) -> None:
         check_share(method.replay, config.train.batch_size, config.train.accumulation)
 
 
-def _resume_point(folders: list[tuple[int, epath.Path]]) -> tuple[int, int] | None:
-    """(task, step) that the curves go on after; None for a new run."""
-    for index, folder in folders:
-        if not checkpoints.has_committed(folder):
-            step = checkpoints.latest_step(folder)
-            return (index, step) if index or step else None
-    return (folders[-1][0] + 1, 0)
+def _stand(workdir: epath.Path, names: tuple[str, ...], method: Method) -> list[tuple[str, float]] | None:
+    """How far each task's curves stand: its name, and the last step that is saved; None for a new run."""
+    last: dict[int, float] = {}
+    for together in method.lessons(len(names)):
+        folder = task_folders.task_folder(workdir, together[-1], names[together[-1]])
+        step = math.inf if checkpoints.has_committed(folder) else checkpoints.latest_step(folder)
+        last |= dict.fromkeys(together, step)
+    return [(name, last[index]) for index, name in enumerate(names)] if any(last.values()) else None

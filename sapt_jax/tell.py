@@ -139,7 +139,7 @@ class Tale:
             memory = jax.tree.map(np.asarray, frozen.memory)
             for tested in range(task_index + 1):
                 file = predictions.predictions_file(self.results, names, task_index, tested)
-                _, weights = predictions.read_predictions(file)
+                _, weights = predictions.read_predictions(file, run.stream.tasks[tested].task.test)
                 moved = run.method.moved(memory, weights, run.method.slot_index(tested))
                 found[tested] = np.nan if moved is None else moved
         return found

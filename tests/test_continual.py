@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from sapt_jax import continual
 from sapt_jax.config import check_config, protocol_of
 from sapt_jax.results.scores import Scores, write_scores
+from sapt_jax.storage import checkpoints
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
 from tests.helpers.tiny import tiny_config, write_tasks
@@ -325,3 +327,38 @@ def test_sequential_lora_shares_the_loop_and_its_scores_serve_forward_transfer(d
     config.eval.single_task_runs = str(tmp_path / "shout")
     with pytest.raises(ValueError, match="config.eval.single_task_runs has no score of mirror"):
         continual.run(config, tmp_path / "both")
+
+
+def test_a_test_set_that_was_mended_is_told_before_anything_changes(finished, data_dir, tmp_path):
+    workdir, mended = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(finished[0], workdir)
+    shutil.copytree(data_dir, mended)
+    file = mended / "mirror" / "test.jsonl"
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([*rows[:-1], json.dumps({"input": "other", "output": "rehto"})]) + "\n")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    config = tiny_config(mended, **{"train.checkpoint_every_steps": 2, "task_order": "shout,mirror,first,last"})
+    write_tasks(tmp_path / "more", ("last",))
+    shutil.copytree(tmp_path / "more" / "last", mended / "last")
+    with pytest.raises(ValueError, match=r"01-mirror.jsonl: the rows of the test set have changed .* from row 5 on"):
+        continual.run(config, workdir)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_damaged_task_is_named_and_learned_again_once_it_is_deleted(finished, data_dir, tmp_path):
+    workdir = tmp_path / "[run]*"
+    shutil.copytree(finished[0], workdir)
+    folder = workdir / "tasks" / "00-shout" / "committed"
+    shutil.rmtree(folder / "d")
+    for name in ("tasks/my-notes", "tensorboard/old-run"):
+        (workdir / name).mkdir()
+    config = tiny_config(data_dir, **{"train.checkpoint_every_steps": 2})
+    with pytest.raises(checkpoints.DamagedError, match="00-shout/committed lacks a part"):
+        continual.run(config, workdir)
+    shutil.rmtree(folder)
+    continual.run(config, workdir)
+    shutil.move(workdir, tmp_path / "plain")
+    assert_same_arrays(committed(tmp_path / "plain"), committed(finished[0]))
+    assert predictions(tmp_path / "plain") == predictions(finished[0])
+    assert (tmp_path / "plain" / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()

@@ -30,7 +30,7 @@ TRACED = (
 LAYERS = (
     ("main", "compare"),
     ("continual",),
-    ("tell", "fit", "evaluation", "run", "pseudo_samples"),
+    ("tell", "fit", "evaluation", "contents", "run", "pseudo_samples"),
     ("programs", "config", "recorded_config", "command_line", "passes"),
     ("methods", "decoding", "results"),
     ("models", "pretrained", "data"),

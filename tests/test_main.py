@@ -15,7 +15,7 @@ from sapt_jax.config import make_method
 from sapt_jax.models.families import make_model
 from sapt_jax.models.shapes import LLAMA_VARIANTS
 from sapt_jax.recorded_config import record_config
-from sapt_jax.storage import checkpoints
+from sapt_jax.storage import checkpoints, task_folders
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.tiny import tiny_config, write_tasks
 from tests.helpers.tiny_tokenizers import byte_level, train_bpe
@@ -96,7 +96,8 @@ def test_a_run_of_another_model(data_dir, tmp_path):
 
 def test_a_checkpoint_of_another_model(data_dir, tmp_path):
     config = tiny_config(data_dir)
-    folder = checkpoints.task_folder(tmp_path / "run", 0, "shout")
+    record_config(config, tmp_path / "run")
+    folder = task_folders.task_folder(tmp_path / "run", 0, "shout")
     checkpoints.save_committed(
         folder, *make_state(config, dataclasses.replace(LLAMA_VARIANTS["llama-tiny"], d_model=16))
     )

@@ -12,7 +12,7 @@ from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.sources.own_tasks import as_pair
 from sapt_jax.data.task import read_instances
 from sapt_jax.export.learned import Learned
-from sapt_jax.storage import checkpoints
+from sapt_jax.storage import task_folders
 from sapt_jax.storage.names import check_name
 from sapt_jax.storage.paths import as_path, is_remote
 from sapt_jax.storage.text_files import write_text_atomically
@@ -51,7 +51,7 @@ def teach(
     files = _files(name, definition, rows)
     config = _config(workdir, name, learned)
     folder = own_tasks(workdir) / name
-    _write(files, folder, begun=checkpoints.task_folder(workdir, len(learned.tasks), name).exists())
+    _write(files, folder, begun=task_folders.task_folder(workdir, len(learned.tasks), name).exists())
     config.mesh.update(sizes)
     begins()
     return continual.run(config, workdir)

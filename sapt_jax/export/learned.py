@@ -28,7 +28,7 @@ from sapt_jax.models.families import read_shape
 from sapt_jax.pseudo_samples.written_samples import pool_file
 from sapt_jax.recorded_config import record_config, upgrade
 from sapt_jax.state import TASKS, Frozen, Leaf, Task, Trainable, Tree, is_leaf
-from sapt_jax.storage import checkpoints
+from sapt_jax.storage import checkpoints, task_folders
 from sapt_jax.storage.new_folder import new_folder
 from sapt_jax.storage.text_files import read_json
 
@@ -154,6 +154,8 @@ def read_run(workdir: Path, base: str = "") -> Learned:
         for folder in folders:
             last, trainable = _read_task(config, shape, folder)
             trainables.append(trainable)
+    except checkpoints.DamagedError:
+        raise
     except ValueError as error:
         where = f"--base={base}" if base else f"{config.model.path or config.model.variant} (config.model.path)"
         raise ValueError(
@@ -199,7 +201,7 @@ def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdi
             trainable = jax.tree.map(jnp.asarray, task.trainable)
             place = Task(np.int32(index), np.int32(method.slot_index(index)), np.int32(0))
             frozen = method.end_task(frozen, trainable, found, place)
-            checkpoints.save_committed(checkpoints.task_folder(unfinished, index, name), frozen, trainable)
+            checkpoints.save_committed(task_folders.task_folder(unfinished, index, name), frozen, trainable)
         record_config(config, unfinished)
 
 

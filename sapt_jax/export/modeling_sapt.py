@@ -73,6 +73,7 @@ class SaptModel(PreTrainedModel):
 
     def __init__(self, config, base, tensors):
         super().__init__(config)
+        _check(config, tensors)
         self.base = base
         groups = {"bank": {}, "projection": {}}
         for name, tensor in tensors.items():
@@ -220,6 +221,37 @@ class SaptModel(PreTrainedModel):
             return output + (x @ a.flatten(1) * columns[:, None]) @ b.flatten(0, 1)
 
         return add_mixture
+
+
+def _check(config, tensors):
+    """Refuses a config.json that does not go with the tensors, by the name of the field."""
+    blocks = len(tensors["enabled"]) if "enabled" in tensors else 0
+    lora = {name[len("bank.") : -len("_a")] for name in tensors if name.startswith("bank.") and name.endswith("_a")}
+    wanted = {
+        "kind": (config.kind in ("lora", "prompt"), 'must be "lora" or "prompt"'),
+        "selection": (config.selection in ("attention", "mean"), 'must be "attention" or "mean"'),
+        "temperature": (_is_positive(config.temperature), "must be a positive number"),
+        "scale": (_is_positive(config.scale), "must be a positive number"),
+        "tasks": (
+            isinstance(config.tasks, (list, tuple)) and 0 < len(config.tasks) == blocks,
+            f"must name a task for each of the {blocks} blocks of model.safetensors",
+        ),
+        "modules": (
+            isinstance(config.modules, dict)
+            and set(config.modules) == (lora if config.kind == "lora" else set())
+            and all(isinstance(module, str) for module in config.modules.values()),
+            f"must say what the blocks {', '.join(sorted(lora)) or 'none'} of model.safetensors adapt",
+        ),
+    }
+    for field, (right, rule) in wanted.items():
+        if not right:
+            raise ValueError(f"config.json: {field}={getattr(config, field)!r} {rule}")
+    if config.selection == "attention" and tuple(tensors["keys"].shape[:1] if "keys" in tensors else ()) != (blocks,):
+        raise ValueError(f'config.json: selection="attention" needs a key for each of the {blocks} blocks')
+
+
+def _is_positive(value):
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def _frozen(tensors):

@@ -236,7 +236,8 @@ class Sapt(Method):
         """The mean KL of the task's reflection target from the attention of its inputs: what reflection holds small."""
         if self.selection != "attention":
             return None
-        target = np.asarray(memory["reflection_targets"][slot], np.float64)
+        # Weights of a shorter order have fewer slots; the others were empty.
+        target = np.asarray(memory["reflection_targets"][slot], np.float64)[: weights.shape[1]]
         seen = target > 0
         log_weights = np.log(np.maximum(weights[:, seen], LEAST_ATTENTION))
         return float(np.mean(np.sum(target[seen] * (np.log(target[seen]) - log_weights), axis=1)))

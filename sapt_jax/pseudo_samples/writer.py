@@ -46,7 +46,7 @@ from sapt_jax.pseudo_samples.pools import lesson
 from sapt_jax.pseudo_samples.written_samples import Collection
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen, Trainable
-from sapt_jax.storage import checkpoints
+from sapt_jax.storage import task_folders
 from sapt_jax.storage.costs import Costs, Meter, write_costs
 from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
 
@@ -153,7 +153,7 @@ def write_pool(run: Run, writer: Writer, trees: Trees, task_index: int) -> Encod
         encoded = encode_pseudo_samples(pool, template=task.prompt, tokenizer=run.tokenizer, rules=rules)
         return cut_texts(encoded, run.stream.texts[1]) if run.stream.texts else encoded
 
-    folder = checkpoints.task_folder(run.workdir, task_index, task.name)
+    folder = task_folders.task_folder(run.workdir, task_index, task.name)
     file = written_samples.pool_file(folder, BENCHMARKS[run.config.benchmark].folder, task.name)
     if file.is_file():
         found = read_pseudo_samples(file.parent.parent, task.name, may_be_empty=True)

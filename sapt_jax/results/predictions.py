@@ -6,9 +6,12 @@ Only process 0 of a run on several hosts writes.
 """
 
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +20,9 @@ from etils import epath
 from sapt_jax.data.task import Instance
 from sapt_jax.storage.names import check_name
 from sapt_jax.storage.paths import as_path
-from sapt_jax.storage.text_files import to_jsonable, write_text_atomically
+from sapt_jax.storage.text_files import read_json_lines, to_jsonable, write_text_atomically
+
+_ANEW = "and the same command has the task answered anew."
 
 
 def predictions_file(workdir: str | Path, task_order: Sequence[str], task_index: int, tested_index: int) -> epath.Path:
@@ -73,19 +78,42 @@ def write_predictions(file: epath.Path, answers: Answers) -> None:
         write_text_atomically(file, "".join(line + "\n" for line in lines))
 
 
-def read_predictions(file: Path | epath.Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The scores [N] of the file's instances, 0 to 100, and their mixture weights [N, T] or None, in its order.
+def read_predictions(file: Path | epath.Path, instances: Sequence[Instance]) -> tuple[np.ndarray, np.ndarray | None]:
+    """The scores [N] of stored answers, 0 to 100, and their mixture weights [N, T] or None, in the file's order.
 
-    Raises ValueError naming the file and the line that is not an answer with its score.
+    Args:
+      instances: [N] the test set of today.
+
+    Raises:
+      ValueError: the file is broken, or its answers are not to these instances; names the first row.
     """
-    scores, weights = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-            scores.append(float(row["score"]))
-            weights.append(row.get("attention_weights"))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{file}, line {number}: not an answer with its score; delete the file and run again"
-            ) from None
-    return np.array(scores), None if None in weights else np.array(weights, np.float64)
+    rows = read_json_lines(file, f"Delete the file, {_ANEW}")
+    for number, row in enumerate(rows, start=1):
+        if not _is_answer(row, rows[0]):
+            raise ValueError(f"{file}, line {number} is not an answer with its score. Delete the file, {_ANEW}")
+    asked = [(instance.input, list(instance.outputs)) for instance in instances]
+    stored = [(row.get("input"), row.get("references")) for row in rows]
+    if len(stored) < len(asked) and stored == asked[: len(stored)]:
+        raise ValueError(f"{file} was cut short: it has {len(stored)} of {len(asked)} rows. Delete the file, {_ANEW}")
+    if stored != asked:
+        pairs = itertools.zip_longest(stored, asked)
+        first = next(number for number, (before, now) in enumerate(pairs, start=1) if before != now)
+        raise ValueError(
+            f"{file}: the rows of the test set have changed since these earlier answers, from row {first} on, and "
+            "scores on both would not compare. Put the earlier rows back, or delete "
+            f"{file.parent.parent / '*' / file.name}, {_ANEW}"
+        )
+    weights = [row.get("attention_weights") for row in rows]
+    scores = np.array([row["score"] for row in rows], np.float64)
+    return scores, None if None in weights else np.array(weights, np.float64)
+
+
+def _is_answer(row: dict[str, Any], first: dict[str, Any]) -> bool:
+    score, weights, of_first = row.get("score"), row.get("attention_weights"), first.get("attention_weights")
+    if type(score) not in (int, float) or not 0 <= score <= 100 or not isinstance(row.get("prediction"), str):
+        return False
+    if weights is None or of_first is None:
+        return weights is of_first
+    if not isinstance(weights, list) or not isinstance(of_first, list) or len(weights) != len(of_first):
+        return False
+    return all(type(weight) in (int, float) and math.isfinite(weight) for weight in weights)

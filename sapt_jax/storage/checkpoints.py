@@ -1,15 +1,25 @@
 """Orbax checkpoints: one folder for each task.
 
-    WORKDIR/tasks/00-NAME/steps/K/{latest,best,loop}   while the task trains; one step is kept
+    WORKDIR/tasks/00-NAME/steps/K/{latest,best,loop}   while the task trains; two steps are kept
     WORKDIR/tasks/00-NAME/committed/                   after it: bank, memory, the trainable tree, and a format number
 
 Both are written beside their place and renamed, or in an object store closed with a file of their own, so that a killed
-run finds either the old or the new one.
+run finds either the old or the new one. Should the newer of two steps be damaged all the same, the older is taken.
 """
 
+import contextlib
 import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
 import re
-from collections.abc import Collection, Sequence
+import shutil
+import tempfile
+import urllib.parse
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +27,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from orbax.checkpoint import args as ocp_args
 
 from sapt_jax.state import TASKS, Frozen, Trainable, TrainState, is_leaf
 from sapt_jax.storage.costs import Costs
-from sapt_jax.storage.names import check_name
 from sapt_jax.storage.paths import as_path, is_remote
+from sapt_jax.storage.task_folders import begun_tasks
 
 FORMAT = 2
+# Beside the arrays of a checkpoint.
+_SMALL_FILES = 2**16
 _FORMAT = "['format']"
 _LAST_FILE = "commit_success.txt"
 # Names of format 1, which had SAPT's own fields in the two trees: ours -> theirs, by regular expression.
@@ -63,26 +76,8 @@ class Loop:
     spent: Costs = Costs()
 
 
-def task_folder(workdir: str | Path, task_index: int, name: str) -> epath.Path:
-    """WORKDIR/tasks/00-NAME; raises ValueError for a name that cannot be a folder's."""
-    return as_path(workdir) / "tasks" / f"{task_index:02d}-{check_name(name, 'task')}"
-
-
-def check_order(workdir: Path, names: Sequence[str]) -> None:
-    """Checks that the tasks which this workdir already holds are the first of `names`, in order.
-
-    Raises:
-      ValueError: naming the first task that differs.
-    """
-    for folder in sorted((as_path(workdir) / "tasks").glob("*-*")):
-        number, name = folder.name.split("-", 1)
-        index = int(number)
-        if index >= len(names) or names[index] != name:
-            now = names[index] if index < len(names) else "nothing"
-            raise ValueError(
-                f"{folder}: task {index + 1} of this run is {name}, but config.task_order has {now} there. New "
-                "tasks go at the end of the order; for another order use a new --workdir."
-            )
+class DamagedError(ValueError):
+    """A checkpoint that lacks a part, or holds a broken one."""
 
 
 def abstract_like(tree: Any) -> Any:
@@ -96,9 +91,9 @@ class TaskCheckpoints:
     def __init__(self, folder: Path):
         self._folder = _absolute(folder) / "steps"
         self._manager = ocp.CheckpointManager(
-            self._folder,
+            _plain_path(self._folder),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, create=True, temporary_path_class=_way_of_finishing(self._folder)
+                max_to_keep=2, create=True, temporary_path_class=_way_of_finishing(self._folder)
             ),
             item_names=("latest", "best", "loop"),
         )
@@ -106,17 +101,20 @@ class TaskCheckpoints:
     def save(self, state: TrainState, best: Trainable, loop: Loop) -> None:
         """Saves in the background. The arrays are copied first: the next step donates their buffers."""
         state, best = jax.tree.map(lambda x: x.copy(), (state, best))
-        self._manager.save(
-            loop.step,
-            args=ocp_args.Composite(
-                latest=ocp_args.StandardSave(_plain(state)),
-                best=ocp_args.StandardSave(_plain(best)),
-                loop=ocp_args.JsonSave(dataclasses.asdict(loop)),
-            ),
-        )
+        with _full_disk_told(self._folder, (state, best)):
+            self._manager.save(
+                loop.step,
+                args=ocp_args.Composite(
+                    latest=ocp_args.StandardSave(_plain(state)),
+                    best=ocp_args.StandardSave(_plain(best)),
+                    loop=ocp_args.JsonSave(dataclasses.asdict(loop)),
+                ),
+            )
 
     def restore(self, state: TrainState) -> tuple[TrainState, Trainable, Loop] | None:
         """The saved (state, best, loop) in the shapes and shardings of `state`, or None where nothing was saved.
+
+        A step that is damaged is told of and goes, and the one before it is taken.
 
         Args:
           state: arrays, or what stands for them.
@@ -124,34 +122,42 @@ class TaskCheckpoints:
         Raises:
           ValueError: lists every array that is missing, unexpected or of another shape or dtype.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._restore(step, state)
+            except DamagedError as error:
+                logging.getLogger(__name__).warning("%s The task goes on from the step before, if there is one.", error)
+                self._manager.delete(step)
+        return None
+
+    def _restore(self, step: int, state: TrainState) -> tuple[TrainState, Trainable, Loop]:
         where = self._folder / str(step)
         latest, best = abstract_like(state), abstract_like(state.trainable)
-        stored = _stored(where / "latest")
+        stored = _stored(where / "latest", whole=True)
         if any(name.startswith(".trainable.key") for name in stored):
             raise ValueError(
                 f"{where} was left in the middle of a task by an older version of sapt_jax, and this one cannot go on "
                 f"from there: delete {self._folder}, and the task starts anew. Tasks that it finished are kept."
             )
         _check(where / "latest", stored, _plain(latest))
-        _check(where / "best", _stored(where / "best"), _plain(best))
-        restored = self._manager.restore(
-            step,
-            args=ocp_args.Composite(
-                latest=ocp_args.StandardRestore(_plain(latest)),
-                best=ocp_args.StandardRestore(_plain(best)),
-                loop=ocp_args.JsonRestore(),
-            ),
-        )
-        loop = restored["loop"]
-        plain = {"buckets": tuple(map(tuple, loop["buckets"])), "spent": Costs(**loop.get("spent", {}))}
-        return (
-            _like(state, restored["latest"]),
-            _like(state.trainable, restored["best"]),
-            Loop(**{**loop, **plain}),
-        )
+        _check(where / "best", _stored(where / "best", whole=True), _plain(best))
+        with _damage_told(where):
+            json.loads((where / "loop" / "metadata").read_text())
+            restored = self._manager.restore(
+                step,
+                args=ocp_args.Composite(
+                    latest=ocp_args.StandardRestore(_plain(latest)),
+                    best=ocp_args.StandardRestore(_plain(best)),
+                    loop=ocp_args.JsonRestore(),
+                ),
+            )
+            loop = restored["loop"]
+            plain = {"buckets": tuple(map(tuple, loop["buckets"])), "spent": Costs(**loop.get("spent", {}))}
+            return (
+                _like(state, restored["latest"]),
+                _like(state.trainable, restored["best"]),
+                Loop(**{**loop, **plain}),
+            )
 
     def __enter__(self) -> "TaskCheckpoints":
         return self
@@ -161,8 +167,9 @@ class TaskCheckpoints:
 
     def close(self) -> None:
         """Waits for pending saves."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _full_disk_told(self._folder, ()):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def committed(frozen: Frozen, trainable: Trainable) -> dict[str, Any]:
@@ -173,7 +180,8 @@ def committed(frozen: Frozen, trainable: Trainable) -> dict[str, Any]:
 def latest_step(folder: Path) -> int:
     """The step of the latest checkpoint of a task in training, 0 where there is none."""
     steps = as_path(folder) / "steps"
-    return max((int(path.name) for path in steps.glob("*") if path.name.isdigit() and _is_finished(path)), default=0)
+    found = steps.iterdir() if steps.is_dir() else ()
+    return max((int(path.name) for path in found if path.name.isdecimal() and _is_finished(path)), default=0)
 
 
 def has_committed(folder: Path) -> bool:
@@ -183,8 +191,7 @@ def has_committed(folder: Path) -> bool:
 
 def committed_folders(workdir: Path) -> list[epath.Path]:
     """The folders of the committed tasks, in order."""
-    folders = [folder for folder in (as_path(workdir) / "tasks").glob("[0-9]*-*") if has_committed(folder)]
-    return sorted(folders, key=lambda folder: int(folder.name.split("-", 1)[0]))
+    return [folder for _, _, folder in begun_tasks(workdir) if has_committed(folder)]
 
 
 def saved_capacity(folder: Path, declared: Frozen) -> int:
@@ -208,8 +215,12 @@ def saved_capacity(folder: Path, declared: Frozen) -> int:
 def save_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> None:
     """Saves the state after a task; returns when it is on disk."""
     where = _absolute(folder) / "committed"
-    with ocp.StandardCheckpointer(temporary_path_class=_way_of_finishing(where)) as checkpointer:
-        checkpointer.save(where, _plain(committed(frozen, trainable)) | {_FORMAT: jnp.asarray(FORMAT, jnp.int32)})
+    tree = _plain(committed(frozen, trainable)) | {_FORMAT: jnp.asarray(FORMAT, jnp.int32)}
+    with (
+        _full_disk_told(where, tree),
+        ocp.StandardCheckpointer(temporary_path_class=_way_of_finishing(where)) as checkpointer,
+    ):
+        checkpointer.save(_plain_path(where), tree)
 
 
 def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[Frozen, Trainable]:
@@ -221,7 +232,7 @@ def load_committed(folder: Path, frozen: Frozen, trainable: Trainable) -> tuple[
     """
     where = _absolute(folder) / "committed"
     wanted = abstract_like(committed(frozen, trainable))
-    stored = _stored(where)
+    stored = _stored(where, whole=True)
     plain = _plain(wanted)
     written = _written_format(where, stored)
     if written > FORMAT:
@@ -263,8 +274,8 @@ def _written_format(where: epath.Path, stored: Collection[str]) -> int:
 def _restore(where: epath.Path, targets: dict[str, Any], restore_args: dict[str, Any]) -> dict[str, Any]:
     """These arrays of a checkpoint, whatever else is in it."""
     arguments = ocp_args.PyTreeRestore(item=targets, restore_args=restore_args, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(where, args=arguments)
+    with _damage_told(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(_plain_path(where), args=arguments)
 
 
 def _absolute(folder: str | Path) -> epath.Path:
@@ -290,9 +301,77 @@ def _like(tree: Any, plain: dict[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: plain[jax.tree_util.keystr(path)], tree)
 
 
-def _stored(where: Path) -> dict[str, Any]:
-    with ocp.StandardCheckpointer() as checkpointer:
-        return dict(checkpointer.metadata(where).item_metadata.tree)
+def _stored(where: epath.Path, whole: bool = False) -> dict[str, Any]:
+    """What a tree's checkpoint says of its arrays, by name.
+
+    Args:
+      whole: looks at their values, too, so that what can be read of it can be restored.
+    """
+    with _damage_told(where):
+        _look(where, whole)
+        with ocp.StandardCheckpointer() as checkpointer:
+            return dict(checkpointer.metadata(_plain_path(where)).item_metadata.tree)
+
+
+def _look(where: epath.Path, whole: bool) -> None:
+    """Reads a tree's checkpoint before Orbax does, which prints the stack of whatever it stumbles over."""
+    json.loads((where / "_METADATA").read_text())["tree_metadata"]
+    place = os.fspath(_plain_path(where))
+    base = place if is_remote(where) else f"file://{urllib.parse.quote(place)}"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{base}/"}).result()
+    for name in store.list().result():
+        if whole and store.read(name).result().state != "value":
+            raise ValueError(f"{name} is gone")
+
+
+@contextlib.contextmanager
+def _damage_told(where: epath.Path) -> Iterator[None]:
+    """Whatever a library says of a checkpoint that it cannot read becomes one line that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        lines = str(error).strip().split("\n")
+        logging.getLogger(__name__).info("%s", error, exc_info=True)
+        raise DamagedError(
+            f"{where} lacks a part of the checkpoint, or holds a broken one ({type(error).__name__}: {lines[0]:.200}). "
+            "Put a whole copy back, or delete this folder, and the same command learns anew what is missing."
+        ) from None
+
+
+@contextlib.contextmanager
+def _full_disk_told(where: epath.Path, trees: Any) -> Iterator[None]:
+    """Looks for room before Orbax writes, which prints a stack for each of its threads when there is none."""
+    message = "No space left on the disk. What was saved is whole: make room, and the same command goes on"
+    full = OSError(errno.ENOSPC, message, os.fspath(where))
+    needed = sum(x.nbytes for x in jax.tree.leaves(trees) if isinstance(x, jax.Array))
+    if not is_remote(where):
+        there = next(parent for parent in (where, *where.parents) if parent.exists())
+        if shutil.disk_usage(there).free < needed + _SMALL_FILES:
+            raise full
+    try:
+        yield
+    except Exception as error:
+        if any(told in str(error) for told in ("No space left", "ENOSPC", "Disk quota exceeded")):
+            raise full from None
+        raise
+
+
+def _plain_path(folder: epath.Path) -> epath.Path:
+    """The folder for Orbax, which takes brackets and the like in a path for a pattern: by a link without them."""
+    if is_remote(folder) or not re.search(r"[][*?\\]", os.fspath(folder)):
+        return folder
+    link = Path(_links().name) / hashlib.sha256(os.fspath(folder.parent).encode()).hexdigest()
+    if not link.is_symlink():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(folder.parent)
+    return epath.Path(link) / folder.name
+
+
+@functools.cache
+def _links() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="sapt-jax-")
 
 
 def _check(where: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from sapt_jax.export.learned import read_run  # noqa: E402
 from sapt_jax.export.selector import query_projection  # noqa: E402
 from sapt_jax.pseudo_samples.written_samples import pool_file, pool_json  # noqa: E402
 from sapt_jax.state import Task  # noqa: E402
-from sapt_jax.storage import checkpoints  # noqa: E402
+from sapt_jax.storage import task_folders  # noqa: E402
 from sapt_jax.storage.paths import as_path  # noqa: E402
 from sapt_jax.storage.text_files import write_text_atomically  # noqa: E402
 from tests.helpers.learned_runs import HIDDEN, RANK, TASKS, make_base, make_config, make_run  # noqa: E402
@@ -41,7 +41,7 @@ def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     _, run = make_run(folder, request.param, "lora")
     pool = PseudoSamples("Say what.", (Instance("0", "a cat", ("",)),))
-    folder_of_task = checkpoints.task_folder(as_path(run), 0, TASKS[0])
+    folder_of_task = task_folders.task_folder(as_path(run), 0, TASKS[0])
     write_text_atomically(pool_file(folder_of_task, "", TASKS[0]), pool_json(pool))
     learned = read_run(run)
     reference.write_saved(learned, folder / "outputs")

@@ -236,6 +236,22 @@ def test_a_folder_that_someone_sends_writes_nowhere_else(tmp_path):
     assert sorted(tmp_path.rglob("*")) == files
 
 
+def test_the_exported_model_refuses_a_config_that_does_not_fit(tmp_path):
+    _, run = make_run(tmp_path, "llama", "lora")
+    write_model(read_run(run), False, tmp_path / "export")
+    file = tmp_path / "export" / "config.json"
+    config = json.loads(file.read_text())
+    for changes in (
+        {"kind": "other"}, {"kind": "prompt"}, {"selection": "none"}, {"temperature": 0}, {"temperature": float("nan")},
+        {"temperature": "1"}, {"scale": -1.0}, {"tasks": config["tasks"][:2]}, {"tasks": []}, {"tasks": None},
+        {"modules": {}}, {"modules": None}, {"modules": {**config["modules"], "more": "x"}},
+    ):  # fmt: skip
+        file.write_text(json.dumps({**config, **changes}))
+        field = "modules" if changes == {"kind": "prompt"} else next(iter(changes))
+        with pytest.raises(ValueError, match=f"config.json: {field}="):
+            load_by_import(tmp_path / "export")
+
+
 def test_the_exported_model_refuses_a_base_of_another_width(tmp_path):
     _, run = make_run(tmp_path, "t5", "lora")
     write_model(read_run(run), False, tmp_path / "export")

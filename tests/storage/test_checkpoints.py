@@ -1,5 +1,8 @@
 """Checkpoints bit for bit, the errors of those that do not fit, and what a killed run may leave behind."""
 
+import logging
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,13 +191,87 @@ def test_a_committed_task_that_does_not_fit_names_every_array(tmp_path):
     assert {line.strip() for line in message.splitlines()[1:]} == expected
 
 
-def test_an_order_may_only_grow_at_its_end(tmp_path):
-    names = ("first", "with-dash")
-    checkpoints.check_order(tmp_path, names)
-    for index, name in enumerate(names):
-        checkpoints.task_folder(tmp_path, index, name).mkdir(parents=True)
-    checkpoints.check_order(tmp_path, names)
-    checkpoints.check_order(tmp_path, (*names, "third"))
-    for order, wrong in ((names[::-1], "00-first"), (names[:1], "01-with-dash"), (("new", *names), "00-first")):
-        with pytest.raises(ValueError, match=f"{wrong}: task . of this run is"):
-            checkpoints.check_order(tmp_path, order)
+def test_a_full_disk_is_one_message_and_leaves_what_was_saved(tmp_path, monkeypatch):
+    save(tmp_path, make_state(1), make_trainable(1), Loop(5))
+    full = shutil.disk_usage(tmp_path)._replace(free=2**16)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: full)
+        for write in (
+            lambda: save(tmp_path, make_state(2), make_trainable(2), Loop(6)),
+            lambda: checkpoints.save_committed(tmp_path, make_frozen(1), make_trainable(2)),
+        ):
+            with pytest.raises(OSError, match="No space left on the disk. What was saved is whole") as error:
+                write()
+            assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert restore(tmp_path, make_state(0))[2] == Loop(5) and not checkpoints.has_committed(tmp_path)
+
+
+# What a disk that was cut off may leave of a checkpoint: nothing in the place of these, or empty files.
+DAMAGE = ("_METADATA", "manifest.ocdbt", "d", "ocdbt.process_0", "d and ocdbt.process_0", "empty _METADATA", "empty d")
+
+
+def damage(folder, kind):
+    emptied = kind.startswith("empty ")
+    for name in kind.removeprefix("empty ").split(" and "):
+        path = folder / name
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        if emptied:
+            for file in files:
+                file.write_bytes(b"")
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    checkpoints.save_committed(folder, make_frozen(1), make_trainable(2))
+    return folder
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_task_is_one_line_that_names_the_folder(whole, tmp_path, kind):
+    shutil.copytree(whole, tmp_path / "task")
+    damage(tmp_path / "task" / "committed", kind)
+    leaves = method_of(2).frozen_leaves(PARAMETERS, 1)
+    try:
+        checkpoints.saved_capacity(tmp_path / "task", leaves)
+        restored = checkpoints.load_committed(tmp_path / "task", make_frozen(3), make_trainable(4))
+    except checkpoints.DamagedError as error:
+        message = str(error)
+        assert message.startswith(f"{tmp_path / 'task' / 'committed'} lacks a part")
+        assert "delete this folder, and the same command learns" in message and "\n" not in message
+    else:
+        # What was merged from a process is no longer needed.
+        assert kind == "ocdbt.process_0"
+        assert_same_bits(restored[1], make_trainable(2))
+
+
+@pytest.mark.parametrize("kind", ["latest/d", "latest/_METADATA", "best/manifest.ocdbt", "loop", "empty loop"])
+def test_a_damaged_step_gives_way_to_the_one_before(tmp_path, kind, caplog):
+    for step in (5, 10):
+        save(tmp_path, make_state(step), make_trainable(step), Loop(step))
+    damage(tmp_path / "steps" / "10", kind)
+    with caplog.at_level(logging.WARNING, logger="sapt_jax"):
+        state, best, loop = restore(tmp_path, make_state(0))
+    assert_same_bits((state, best), (make_state(5), make_trainable(5)))
+    assert loop == Loop(5) and str(tmp_path / "steps" / "10") in caplog.text
+    # The step is taken anew.
+    save(tmp_path, make_state(10), make_trainable(10), Loop(10))
+    assert restore(tmp_path, make_state(0))[2] == Loop(10)
+    damage(tmp_path / "steps" / "10", kind)
+    damage(tmp_path / "steps" / "5", kind)
+    assert restore(tmp_path, make_state(0)) is None
+
+
+@pytest.mark.parametrize("name", ["[lr=0.01] a", "a*b?", "back\\slash", "a{b,c}"])
+def test_a_path_is_no_pattern(tmp_path, name):
+    folder = tmp_path / name / "tasks" / "00-[x]"
+    save(folder, make_state(1), make_trainable(1), Loop(3))
+    checkpoints.save_committed(folder, make_frozen(1), make_trainable(2))
+    assert checkpoints.latest_step(folder) == 3 and checkpoints.has_committed(folder)
+    assert_same_bits(restore(folder, make_state(5))[0], make_state(1))
+    restored = checkpoints.load_committed(folder, make_frozen(3), make_trainable(4))
+    assert_same_bits(restored[1], make_trainable(2))

@@ -15,7 +15,10 @@ from sapt_jax import state  # noqa: E402
 from sapt_jax.convert.__main__ import main  # noqa: E402
 from sapt_jax.export.learned import declared_state, read_run  # noqa: E402
 from sapt_jax.models.families import read_shape  # noqa: E402
-from sapt_jax.storage import checkpoints  # noqa: E402
+from sapt_jax.storage import (
+    checkpoints,  # noqa: E402, task_folders
+    task_folders,
+)
 from sapt_jax.storage.checkpoints import TaskCheckpoints  # noqa: E402
 from tests.helpers.learned_runs import TASKS, make_base, make_config  # noqa: E402
 from tests.helpers.run_files import committed  # noqa: E402
@@ -136,7 +139,7 @@ def test_it_loads_into_the_trees_of_today(tmp_path, method, kind):
     written = write_old(tmp_path / "run", method, kind)
     leaves, _ = declared(tmp_path, method, kind, 1)
     for index, (task, old) in enumerate(zip(TASKS, written, strict=True)):
-        folder = checkpoints.task_folder(tmp_path / "run", index, task)
+        folder = task_folders.task_folder(tmp_path / "run", index, task)
         capacity = checkpoints.saved_capacity(folder, leaves)
         assert capacity == (1 if method == "seq_lora" else len(TASKS))
         frozen, trainable = checkpoints.load_committed(folder, *zeros(declared(tmp_path, method, kind, capacity)))
@@ -177,7 +180,7 @@ def test_the_commands_read_it(tmp_path):
 
 def test_what_does_not_fit_is_named_as_it_is_stored(tmp_path):
     write_old(tmp_path / "run", "sapt", "lora")
-    folder = checkpoints.task_folder(tmp_path / "run", 0, TASKS[0])
+    folder = task_folders.task_folder(tmp_path / "run", 0, TASKS[0])
     with pytest.raises(ValueError, match=r"\['keys'\]: the checkpoint has float32\[3, 16\], this run float32\[2, 16\]"):
         checkpoints.load_committed(folder, *zeros(declared(tmp_path, "sapt", "lora", 2)))
     # A run of prompts finds no prompt, and blocks that it cannot use.

@@ -12,7 +12,7 @@ from etils.epath import gpath
 from sapt_jax import continual
 from sapt_jax.results.curves import RunLog
 from sapt_jax.results.scores import Scores, read_scores, write_scores
-from sapt_jax.storage import checkpoints
+from sapt_jax.storage import checkpoints, task_folders
 from sapt_jax.storage.paths import as_path, is_remote
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
 from tests.helpers.tiny import tiny_config, write_tasks
@@ -84,7 +84,7 @@ def test_text_files_in_an_object_store(monkeypatch, caplog):
     def steps():
         return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
-    with caplog.at_level(logging.WARNING), RunLog(workdir, resume_from=None) as log:
+    with caplog.at_level(logging.WARNING), RunLog(workdir, stand=None) as log:
         for step in (1, 2):
             log.log("train", task_index=0, task="shout", step=step, loss=0.5)
         assert steps() == []
@@ -93,7 +93,7 @@ def test_text_files_in_an_object_store(monkeypatch, caplog):
         log.log("train", task_index=0, task="shout", step=3, loss=0.5)
     assert steps() == [1, 2, 3]
     assert "gs://bucket/run: no TensorBoard events in an object store" in caplog.text
-    with RunLog(workdir, resume_from=(0, 2)) as log:
+    with RunLog(workdir, stand=[("shout", 2)]) as log:
         log.log("train", task_index=0, task="shout", step=4, loss=0.5)
     assert steps() == [1, 2, 4]
 
@@ -117,7 +117,7 @@ def test_text_files_in_an_object_store(monkeypatch, caplog):
 def test_a_checkpoint_in_an_object_store_counts_when_it_is_closed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", InMemory())
-    folder = checkpoints.task_folder("gs://bucket/half", 0, "shout")
+    folder = task_folders.task_folder("gs://bucket/half", 0, "shout")
     (folder / "committed" / "manifest").write_text("")
     assert not checkpoints.has_committed(folder)
     (folder / "committed" / "commit_success.txt").write_text("")
