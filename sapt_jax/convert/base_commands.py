@@ -76,10 +76,16 @@ def to_base(arguments: argparse.Namespace) -> None:
 
 def to_t5x(arguments: argparse.Namespace) -> None:
     """Runs to-t5x; errors as for `to_base`."""
-    kind = read_model_config(arguments.model)["model_type"]
-    if kind not in t5_weights.MODEL_TYPES:
+    config = read_model_config(arguments.model)
+    if (kind := config["model_type"]) not in t5_weights.MODEL_TYPES:
         raise ValueError(
             f"{arguments.model} is of model_type {kind!r}: T5X has {', '.join(t5_weights.MODEL_TYPES)} only"
+        )
+    tied = config["tie_word_embeddings"]
+    if config.get("scale_decoder_outputs", tied) != tied:
+        raise ValueError(
+            f"{arguments.model}: T5X scales the decoder's outputs where the head is tied to the embedding, and there "
+            "alone; this model does not (scale_decoder_outputs in its config.json)"
         )
     parameters = _open(arguments)
     tree = flax.traverse_util.unflatten_dict(parameters, sep="/")

@@ -30,6 +30,7 @@ from tests.helpers.tiny_tokenizers import (
     train_sentencepiece,
     under,
 )
+from tests.helpers.told import error_of
 
 
 @pytest.fixture
@@ -185,36 +186,38 @@ def test_to_t5x_takes_layers_apart(tmp_path, out):
         assert not read_model_config(checkpoint)["scanned"]
 
 
-def error_of(*words):
-    with pytest.raises(SystemExit) as error:
-        main(list(words))
-    return str(error.value)
+def test_outputs_that_t5x_cannot_scale_are_refused(tmp_path, out):
+    source = t5_folder(tmp_path / "hf")
+    (source / "config.json").write_text(json.dumps(T5_CONFIG | {"scale_decoder_outputs": True}))
+    assert "T5X scales the decoder's outputs" in error_of(main, "to-t5x", f"--model={source}", f"--out={out}")
 
 
 def test_mistakes_are_told_and_nothing_is_left(tmp_path, out):
     t5_hf, llama_hf = t5_folder(tmp_path / "t5"), llama_folder(tmp_path / "llama")
     file = write_gguf(tmp_path / "m.gguf", METADATA, as_stored(weights(seed=8)))
     to = f"--out={out}"
-    assert error_of("from-hf", f"--model={tmp_path / 'absent'}", to).startswith(
+    assert error_of(main, "from-hf", f"--model={tmp_path / 'absent'}", to).startswith(
         f"error: {tmp_path / 'absent'} does not exist"
     )
-    assert error_of("from-t5x", f"--model={t5_hf}", to) == (
+    assert error_of(main, "from-t5x", f"--model={t5_hf}", to) == (
         f"error: from-t5x reads a T5X checkpoint; {t5_hf} is a Hugging Face model folder: use from-hf"
     )
-    assert error_of("from-hf", f"--model={file}", to).endswith("is a .gguf file: use from-gguf")
+    assert error_of(main, "from-hf", f"--model={file}", to).endswith("is a .gguf file: use from-gguf")
     assert f"{llama_hf} is of model_type 'llama': T5X has t5, mt5, umt5 only" in error_of(
-        "to-t5x", f"--model={llama_hf}", to
+        main, "to-t5x", f"--model={llama_hf}", to
     )
     (llama_hf / "config.json").write_text(json.dumps(LLAMA_CONFIG | {"model_type": "bert"}))
-    assert "model_type 'bert' is not supported" in error_of("from-hf", f"--model={llama_hf}", to)
+    assert "model_type 'bert' is not supported" in error_of(main, "from-hf", f"--model={llama_hf}", to)
     (llama_hf / "config.json").write_text(json.dumps(LLAMA_CONFIG | {"intermediate_size": 12}))
-    assert f"{llama_hf} does not hold the weights of this model" in error_of("from-hf", f"--model={llama_hf}", to)
+    assert f"{llama_hf} does not hold the weights of this model" in error_of(main, "from-hf", f"--model={llama_hf}", to)
     assert not out.parent.exists() or not list(out.parent.iterdir())
     main(["from-hf", f"--model={t5_hf}", to])
     before = sorted(out.rglob("*"))
     for command in ("from-hf", "to-t5x"):
-        assert error_of(command, f"--model={t5_hf}", to) == (f"error: {out} exists: choose another folder or remove it")
-    assert "is one already" in error_of("from-hf", f"--model={out}", f"--out={tmp_path / 'second'}")
+        assert error_of(main, command, f"--model={t5_hf}", to) == (
+            f"error: {out} exists: choose another folder or remove it"
+        )
+    assert "is one already" in error_of(main, "from-hf", f"--model={out}", f"--out={tmp_path / 'second'}")
     assert sorted(out.rglob("*")) == before
 
 

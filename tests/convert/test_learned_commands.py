@@ -14,6 +14,7 @@ from sapt_jax.convert.__main__ import main  # noqa: E402
 from sapt_jax.storage.text_files import to_jsonable  # noqa: E402
 from tests.helpers.learned_runs import TASKS, make_base, make_run  # noqa: E402
 from tests.helpers.run_files import assert_same_arrays, committed  # noqa: E402
+from tests.helpers.told import error_of  # noqa: E402
 
 COMMANDS = ("to-peft", "to-reference", "from-reference", "to-hf", "to-torch", "from-torch")
 
@@ -26,14 +27,6 @@ def folder(tmp_path_factory):
     return made
 
 
-def error_of(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    message = stopped.value.code
-    assert isinstance(message, str) and message.startswith("error: "), message
-    return message
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example_that_parses(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -44,7 +37,7 @@ def test_help_shows_an_example_that_parses(command, tmp_path, capsys, monkeypatc
     words = shlex.split(example)
     assert words[:4] == ["python", "-m", "sapt_jax.convert", command]
     # The example parses, and its files are missed.
-    assert any(text in error_of(*words[3:]) for text in ("no config.json", "does not exist", "lacks config.json"))
+    assert any(text in error_of(main, *words[3:]) for text in ("no config.json", "does not exist", "lacks config.json"))
 
 
 def test_all_commands_are_there(capsys):
@@ -96,27 +89,27 @@ def test_a_sum_of_blocks_needs_no_weights(tmp_path):
     assert json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["r"] == 6
     main(["to-torch", f"--run={run}", f"--out={tmp_path / 'torch'}"])
     assert json.loads((tmp_path / "torch" / "config.json").read_text())["selection"] == "sum"
-    assert "config.method='inc_lora'" in error_of("to-reference", f"--run={run}", f"--out={tmp_path / 'out'}")
+    assert "config.method='inc_lora'" in error_of(main, "to-reference", f"--run={run}", f"--out={tmp_path / 'out'}")
 
 
 @pytest.mark.slow
 def test_errors(folder, tmp_path):
     run, out = folder / "run", tmp_path / "out"
-    assert "give the --workdir of a run" in error_of("to-torch", f"--run={tmp_path}", f"--out={out}")
+    assert "give the --workdir of a run" in error_of(main, "to-torch", f"--run={tmp_path}", f"--out={out}")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text((run / "config.json").read_text())
-    message = error_of("to-torch", f"--run={tmp_path / 'begun'}", f"--out={out}")
+    message = error_of(main, "to-torch", f"--run={tmp_path / 'begun'}", f"--out={out}")
     assert "no committed task yet" in message
-    assert "no block of task 'fourth'" in error_of("to-peft", f"--run={run}", "--task=fourth", f"--out={out}")
-    assert "sum to 0.8" in error_of("to-peft", f"--run={run}", "--weights=0.1,0.5,0.2", f"--out={out}")
-    assert "4 weights for 3 blocks" in error_of("to-hf", f"--run={run}", "--weights=0,0,0,1", f"--out={out}")
-    assert "'a,b' is not a list of numbers" in error_of("to-hf", f"--run={run}", "--weights=a,b", f"--out={out}")
-    assert "--help shows an example" in error_of("to-peft", f"--run={run}", f"--out={out}")
-    assert "--help shows an example" in error_of("to-nowhere")
+    assert "no block of task 'fourth'" in error_of(main, "to-peft", f"--run={run}", "--task=fourth", f"--out={out}")
+    assert "sum to 0.8" in error_of(main, "to-peft", f"--run={run}", "--weights=0.1,0.5,0.2", f"--out={out}")
+    assert "4 weights for 3 blocks" in error_of(main, "to-hf", f"--run={run}", "--weights=0,0,0,1", f"--out={out}")
+    assert "'a,b' is not a list of numbers" in error_of(main, "to-hf", f"--run={run}", "--weights=a,b", f"--out={out}")
+    assert "--help shows an example" in error_of(main, "to-peft", f"--run={run}", f"--out={out}")
+    assert "--help shows an example" in error_of(main, "to-nowhere")
     make_base("llama", tmp_path / "other")
-    message = error_of("to-torch", f"--run={run}", f"--base={tmp_path / 'other'}", f"--out={out}")
+    message = error_of(main, "to-torch", f"--run={run}", f"--base={tmp_path / 'other'}", f"--out={out}")
     assert f"--base={tmp_path / 'other'} is not the model that this run was trained on" in message
-    message = error_of("to-torch", f"--run={run}", f"--base={tmp_path / 'nowhere'}", f"--out={out}")
+    message = error_of(main, "to-torch", f"--run={run}", f"--base={tmp_path / 'nowhere'}", f"--out={out}")
     assert "nowhere does not exist" in message
     config = json.loads((run / "config.json").read_text())
     for wrong, expected in [
@@ -128,9 +121,9 @@ def test_errors(folder, tmp_path):
         (tmp_path / "wrong" / "config.json").write_text(json.dumps(wrong))
         if not (tmp_path / "wrong" / "tasks").exists():
             (tmp_path / "wrong" / "tasks").symlink_to(run / "tasks")
-        assert expected in error_of("to-torch", f"--run={tmp_path / 'wrong'}", f"--out={out}")
+        assert expected in error_of(main, "to-torch", f"--run={tmp_path / 'wrong'}", f"--out={out}")
     reading = ["from-reference", f"--saved={tmp_path}", f"--base={folder / 'base'}", f"--out={out}"]
-    assert "none.py does not exist" in error_of(*reading, "--config=none.py")
+    assert "none.py does not exist" in error_of(main, *reading, "--config=none.py")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -142,7 +135,7 @@ def test_without_torch(folder, tmp_path, monkeypatch):
         ["to-reference", f"--run={run}"],
         ["from-reference", f"--saved={tmp_path}", f"--base={folder / 'base'}"],
     ):
-        message = error_of(*arguments, f"--out={tmp_path / 'out'}")
+        message = error_of(main, *arguments, f"--out={tmp_path / 'out'}")
         assert f"{arguments[0]} needs PyTorch: pip install torch" in message
     assert not list(tmp_path.glob("out*"))
     main(["to-torch", f"--run={run}", f"--out={tmp_path / 'torch'}"])

@@ -20,7 +20,7 @@ T5_CONFIG = {
     "model_type": "t5", "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": HEAD_DIM, "num_layers": ENCODER_LAYERS,
     "num_decoder_layers": DECODER_LAYERS, "d_ff": FF, "num_heads": HEADS, "layer_norm_epsilon": 1e-6,
     "relative_attention_num_buckets": BUCKETS, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": True,
-    "decoder_start_token_id": 0,
+    "scale_decoder_outputs": False, "decoder_start_token_id": 0,
 }  # fmt: skip
 
 
