@@ -154,6 +154,12 @@ def test_an_unknown_choice_is_named_with_those_there_are(name):
     assert f"config.{name}='sideways' is unknown; choose one of {', '.join(CHOICES[name])}." in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["model.dtype", "model.param_dtype"])
+def test_float16_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError, match="such as a T4, takes float32"):
+        check_config(changed(**{name: "float16"}))
+
+
 def test_every_choice_is_tested():
     known = {name for name, row in SETTINGS.items() if row.choices and not name.startswith(OF_METHODS)}
     assert known == CHOICES.keys() | {"method", "benchmark", "data_source"}

@@ -252,6 +252,28 @@ class Model:
         """
         write_model(self._learned, include_base, Path(path))
 
+    def encode(self, asked: Asked, task: str | None = None, definition: str | None = None) -> np.ndarray:
+        """The token ids [L] int32 of one input as `generate` puts it: what an exported model takes.
+
+        Raises:
+          ValueError: as `generate`.
+
+        Example:
+          >>> model.encode("abc", task="shout").dtype
+          dtype('int32')
+        """
+        ((row, _),) = self._rows([asked], task, definition, self.search())
+        return row.ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids [L], such as an exported model's answer, up to the end token.
+
+        Example:
+          >>> model.decode(model.encode("abc")).endswith("Output:")
+          True
+        """
+        return read_answer(np.asarray(ids), len(ids), self._backbone.tokenizer)[0]
+
     # --- For those who ask one input at a time ------------------------------------------------------------------------
 
     def search(self, **search: Any) -> Search:
