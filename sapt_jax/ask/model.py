@@ -69,12 +69,13 @@ class Model:
             # The workdir may have moved.
             config.own_dir = str(own_tasks(self._workdir))
         enabled = np.array([name not in self._withdrawn for name in learned.slots]) & learned.frozen.enabled
-        self._learned = dataclasses.replace(learned, frozen=learned.frozen.replace(enabled=enabled))
+        learned = dataclasses.replace(learned, frozen=learned.frozen.replace(enabled=enabled))
         rules = encoding_rules(config, backbone.tokenizer, backbone.model.padding_side)
-        instructions = read_instructions(self._workdir)
-        self._form = Form(backbone.tokenizer, rules, instructions, default_template(config))
+        form = Form(backbone.tokenizer, rules, read_instructions(self._workdir), default_template(config))
         with backbone.on_mesh():
-            self._placed = _place(self._learned, backbone)
+            placed = _place(learned, backbone)
+        # All or nothing: what cannot be read changes nothing.
+        self._learned, self._form, self._placed = learned, form, placed
 
     # --- What it is ---------------------------------------------------------------------------------------------------
 
