@@ -348,10 +348,7 @@ def check_config(config: ConfigDict) -> None:
     problems += [f"config.{name} is missing; sapt_jax/config.py has it." for name in sorted(SETTINGS.keys() - given)]
     problems += wrong_values(given)
     if "float16" in (given.get("model.dtype"), given.get("model.param_dtype")):
-        problems.append(
-            "float16 ends at 65,504, which activations of T5 pass, and small gradients vanish in it: a GPU without "
-            "bfloat16, such as a T4, takes float32."
-        )
+        problems.append("float16 ends at 65,504, which T5 passes: a GPU without bfloat16, such as a T4, takes float32.")
     if problems:
         raise ValueError("\n".join(problems))
     if config.train.batch_size % config.train.accumulation:
