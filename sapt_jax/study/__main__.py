@@ -102,14 +102,16 @@ def is_finished(run: Planned, folder: epath.Path) -> bool:
       ValueError: the folder holds a run with other settings.
     """
     check_same_run(run.config, folder)
-    if not (folder / "scores.json").is_file():
+    try:
+        scores = read_scores(folder)
+    except (FileNotFoundError, ValueError):
+        # The run writes it anew.
         return False
-    scores = read_scores(folder)
     return bool(not np.isnan(scores["matrix"][-1]).any()) and len(scores["task_order"]) == _num_tasks(run)
 
 
 def _num_tasks(run: Planned) -> int:
-    return len(resolve_task_order(run.config.task_order, run.config.benchmark))
+    return len(resolve_task_order(run.config.task_order, run.config.benchmark, own_dir=run.config.own_dir))
 
 
 def _line(
@@ -117,7 +119,7 @@ def _line(
 ) -> str:
     """What runs, what is done, and when all will have ended, as far as finished runs say it."""
     workdir, seconds, failed = so_far
-    known = {other.name: seconds.get(other.name) or _told_seconds(workdir / other.name) for other in runs}
+    known = {other.name: seconds.get(other.name) or _told_seconds(other, workdir) for other in runs}
     done = [other for other in runs if known[other.name]]
     left = [other for other in runs if other not in done and other.name not in failed]
     line = f"study: {len(done)} of {len(runs)} runs done, {len(failed)} failed; now {run.name}"
@@ -133,14 +135,11 @@ def _line(
     return f"{line}; about {format_duration(rest)} left, until {end:%a %H:%M}"
 
 
-def _told_seconds(folder: epath.Path) -> float:
+def _told_seconds(run: Planned, workdir: epath.Path) -> float:
     """Seconds of a run that an earlier call finished; 0 where it is not finished."""
-    if not (folder / "scores.json").is_file():
+    if not _has_ended(run, workdir):
         return 0.0
-    scores = read_scores(folder)
-    if np.isnan(scores["matrix"][-1]).any():
-        return 0.0
-    found = comparison.figures(scores, None)["seconds"]
+    found = comparison.figures(read_scores(workdir / run.name), None)["seconds"]
     return 0.0 if np.isnan(found) else found
 
 
@@ -170,7 +169,7 @@ def _has_ended(run: Planned, workdir: epath.Path) -> bool:
     try:
         return is_finished(run, workdir / run.name)
     except ValueError:
-        # It was told when it was to be run.
+        # It is told when it is to be run.
         return False
 
 

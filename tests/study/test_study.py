@@ -10,8 +10,11 @@ import pytest
 
 from configs import studies
 from sapt_jax import continual
+from sapt_jax.command_line import load_config
 from sapt_jax.config import flatten
+from sapt_jax.recorded_config import record_config
 from sapt_jax.storage import preemption
+from sapt_jax.storage.paths import as_path
 from sapt_jax.study import __main__ as study
 from sapt_jax.study.grid import choose, make_study, plan
 from tests.helpers.tiny import tiny_config, write_tasks
@@ -123,7 +126,7 @@ def test_a_study_goes_on_tells_failures_and_ends_with_a_table(config, tmp_path, 
     assert "2 of 6 runs of the study" in text and " left, until " in text
     shutil.rmtree(tmp_path / "sapt/one/seed1/tasks/01-mirror")
     shutil.rmtree(tmp_path / "sapt/one/seed1/predictions/01-mirror")
-    (tmp_path / "sapt/one/seed1/scores.json").unlink()
+    (tmp_path / "sapt/one/seed1/scores.json").write_text('{"format": 1, ')
     ran = []
     whole = continual.run
     monkeypatch.setattr(continual, "run", lambda config, folder: (ran.append(folder.parts[-3:]), whole(config, folder)))
@@ -141,6 +144,18 @@ def test_a_study_goes_on_tells_failures_and_ends_with_a_table(config, tmp_path, 
     assert command(config, tmp_path, "--only=sapt/*,single*")[0] == 0 and not ran
     assert "told each input's task" in (tmp_path / "table.txt").read_text()
     assert "\\pm" in (tmp_path / "table.tex").read_text()
+
+
+def test_torn_scores_of_one_run_stop_no_other(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "watch", lambda: None)
+    (tmp_path / "sapt/one/seed2").mkdir(parents=True)
+    ran = []
+    monkeypatch.setattr(continual, "run", lambda config, folder: ran.append(folder.parts[-3:]))
+    (planned,) = choose(plan(load_config(str(config))), "sapt/one/seed2", "")
+    record_config(planned.config, as_path(tmp_path / planned.name))
+    (tmp_path / "sapt/one/seed2/scores.json").write_text('{"format": 1, ')
+    code, text = command(config, tmp_path)
+    assert code == 0 and len(ran) == 6 and "No run is finished yet" in text
 
 
 @pytest.mark.slow
