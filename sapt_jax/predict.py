@@ -69,7 +69,7 @@ class _Stream:
             out = sys.stdout if target == "-" else files.enter_context(open(target, "a", encoding="utf-8"))
             for batch in _batches(lines, self._model.most_rows, after):
                 for row in self._answer(batch):
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    out.write(_line(row))
                 out.flush()
                 if time.monotonic() - told > _TELL_EVERY_SECONDS:
                     told = time.monotonic()
@@ -112,6 +112,11 @@ class _Stream:
         return told
 
 
+def _line(row: dict[str, Any]) -> str:
+    """A line of the output. Half of a surrogate pair, which no file can hold as it is, stays the escape that it was."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
 def _parse(text: bytes) -> dict[str, Any]:
     """The fields of a line: {"input": ...} where it is a text."""
     try:
@@ -124,6 +129,8 @@ def _parse(text: bytes) -> dict[str, Any]:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"malformed JSON: {error}") from None
+    # A table with a column more writes null where a row has nothing in it.
+    given = {name: value for name, value in given.items() if value is not None}
     if ("input" in given) == ("messages" in given):
         raise ValueError('give either "input" or "messages"')
     for name in ("task", "definition"):

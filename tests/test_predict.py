@@ -15,11 +15,13 @@ LINES = [
     '{"input": "dcba", "task": "mirror", "id": "b"}',
     '{"input": "broken"',
     "",
-    '{"messages": [{"role": "user", "content": "abcd"}], "definition": "shout it."}',
+    '{"messages": [{"role": "user", "content": "abcd"}], "definition": "shout it.", "input": null}',
     '{"text": "abcd"}',
     '{"input": 3}',
     '{"input": "abc", "task": "nothing"}',
     "[1, 2]",
+    '{"input": "ab\\ud800"}',
+    '{"input": "ab", "definition": "\\udfff"}',
 ]
 
 
@@ -44,11 +46,13 @@ def rows_of(target):
 
 def test_every_line_is_answered_or_named(answered, asked_run):
     rows = rows_of(answered[1])
-    assert list(rows) == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
+    assert list(rows) == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     faults = {number: row["error"] for number, row in rows.items() if "error" in row}
-    assert faults.keys() == {3, 6, 7, 8, 10}
+    assert faults.keys() == {3, 6, 7, 8, 10, 11, 12}
     assert "malformed JSON" in faults[3] and 'either "input" or "messages"' in faults[6]
-    assert "must be a text" in faults[7] and "'nothing'" in faults[8] and "byte 3 is not UTF-8" in faults[10]
+    assert "must be a text" in faults[7] and "'nothing'" in faults[8] and "byte 3 is not UTF-8" in faults[12]
+    assert "the input is not Unicode" in faults[10] and "the definition is not Unicode" in faults[11]
+    assert rows[10]["input"] == "ab\ud800"
     assert rows[2]["id"] == "b" and rows[9]["input"] == "[1, 2]"
     model = sapt_jax.load(asked_run)
     # What a line draws depends on its number alone: the first input of a call has number 0.
@@ -106,7 +110,7 @@ def _end():
     [
         (["--run=nowhere"], "nowhere has no config.json"),
         (["--task=nothing"], "--task=nothing: the run has shout, mirror, first"),
-        (["--temperature=-1"], "temperature must be a number from 0"),
+        (["--temperature=-1"], "temperature must be 0, or a number from"),
         (["--input=nowhere"], "nowhere"),
     ],
 )

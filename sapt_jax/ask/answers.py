@@ -8,6 +8,9 @@ import numpy as np
 
 from sapt_jax.pretrained.tokenizer import Tokenizer
 
+# Logits over what is below are no float32 any more.
+_TEMPERATURES = (0.001, 1000)
+
 
 @dataclasses.dataclass(frozen=True)
 class Search:
@@ -16,7 +19,7 @@ class Search:
     Attributes:
       max_new_tokens: the most tokens of an answer.
       beams: 1 is greedy, more is beam search.
-      temperature: 0 takes the most likely tokens; above it they are drawn from softmax(logits / temperature).
+      temperature: 0 takes the most likely tokens; from 0.001 to 1000 they are drawn from softmax(logits / temperature).
       top_p: of drawing: only tokens take part before which less than this probability lies.
       seed: of drawing. The same seed draws the same answer, whatever is asked beside it.
 
@@ -36,17 +39,18 @@ class Search:
             value = getattr(self, name)
             if not _is_number(value, int) or not least <= value <= most:
                 raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
-        if not _is_number(self.temperature, float) or self.temperature < 0:
-            raise ValueError(f"temperature must be a number from 0, not {self.temperature!r}")
+        least, most = _TEMPERATURES
+        if not _is_number(self.temperature, float) or not (self.temperature == 0 or least <= self.temperature <= most):
+            raise ValueError(f"temperature must be 0, or a number from {least} to {most}, not {self.temperature!r:.60}")
         if not _is_number(self.top_p, float) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be a number above 0 and at most 1, not {self.top_p!r}")
+            raise ValueError(f"top_p must be a number above 0 and at most 1, not {self.top_p!r:.60}")
         if self.beams > 1 and self.temperature > 0:
             raise ValueError(f"beams={self.beams} and temperature={self.temperature}: beams are not drawn; set one")
 
 
 def _is_number(value: Any, kind: type) -> bool:
     kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 @dataclasses.dataclass(frozen=True)

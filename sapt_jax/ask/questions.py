@@ -66,8 +66,9 @@ class Form:
         if not text.strip():
             raise ValueError("the input is empty")
         # A lone surrogate, which JSON can spell, is no text.
-        if not text.isascii():
-            _check_unicode(text)
+        for name, given in (("input", text), ("definition", instruction.definition)):
+            if not given.isascii():
+                _check_unicode(name, given)
         if turns and self.tokenizer.has_chat_template:
             ids, cut = encode_chat(instruction.definition, turns, self.tokenizer, self.rules)
         else:
@@ -104,8 +105,8 @@ def _turns(asked: Any) -> tuple[tuple[str, str], ...]:
         ) from None
 
 
-def _check_unicode(text: str) -> None:
+def _check_unicode(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the input is not Unicode text: character {error.start} is half of a pair") from None
+        raise ValueError(f"the {name} is not Unicode text: character {error.start} is half of a pair") from None
