@@ -223,14 +223,14 @@ def _disabled_tasks(config: ConfigDict, names: tuple[str, ...], workdir: epath.P
         if name not in names:
             raise ValueError(f"config.disabled_tasks names {name}, which is not in config.task_order.")
         index = names.index(name)
-        if not checkpoints.has_committed(task_folders.task_folder(workdir, index, name)):
-            raise ValueError(
-                f"config.disabled_tasks names {name}, which this run has not learned: take it out of the order."
-            )
         if [method.slot_index(other) for other in range(len(names))].count(method.slot_index(index)) > 1:
             raise ValueError(
                 f"config.disabled_tasks names {name}, but with config.method={config.method!r} tasks share a block: "
                 "none of them can be withdrawn."
+            )
+        if not checkpoints.has_committed(task_folders.task_folder(workdir, index, name)):
+            raise ValueError(
+                f"config.disabled_tasks names {name}, which this run has not learned: take it out of the order."
             )
     return disabled
 

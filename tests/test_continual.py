@@ -307,6 +307,12 @@ def test_general_ability_is_the_loss_on_a_text(finished, data_dir, tmp_path, mon
         np.testing.assert_allclose(told[name], np.mean(losses), rtol=1e-5)
 
 
+def test_what_tasks_learn_in_one_block_cannot_be_withdrawn_however_far_they_are(data_dir, tmp_path):
+    for method in ("sequential", "joint"):
+        with pytest.raises(ValueError, match="tasks share a block"):
+            continual.run(tiny_config(data_dir, method=method, disabled_tasks="shout"), tmp_path / method)
+
+
 def test_sequential_lora_shares_the_loop_and_its_scores_serve_forward_transfer(data_dir, tmp_path):
     scores = continual.run(tiny_config(data_dir, method="sequential", task_order="shout,mirror"), tmp_path / "both")
     assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(2)]).all()
