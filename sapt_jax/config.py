@@ -307,9 +307,9 @@ def capacity_of(config: ConfigDict, method: Method, num_tasks: int) -> int:
     return method.capacity(max(num_tasks, config.pet.capacity))
 
 
-def idle_sections(method: str) -> tuple[str, ...]:
-    """How settings begin that change nothing while this method runs: those of the others."""
-    return tuple(f"{name}." for name in METHODS if name != method)
+def idle_sections(*methods: str | None) -> tuple[str, ...]:
+    """How settings begin that change nothing while these methods run: those of the others."""
+    return tuple(f"{name}." for name in METHODS if name not in methods)
 
 
 def protocol_of(config: ConfigDict) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from sapt_jax.config import SETTINGS
-from sapt_jax.methods import METHODS
+from sapt_jax.config import SETTINGS, idle_sections
 from sapt_jax.report.told import model_name, settings_of
 from sapt_jax.results.figures.comparison import Group
 from sapt_jax.results.figures.style import shorten
@@ -87,8 +86,7 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _telling(settings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Settings that may tell two runs apart: not where things lie, nor what an idle method would do."""
-    methods = {each.get("method") for each in settings}
-    idle = tuple(f"{name}." for name in METHODS if name not in methods)
+    idle = idle_sections(*(each.get("method") for each in settings))
     apart = ("method", "model.path", "model.variant", "model.tokenizer", "task_order", *_SEEDS)
     for name, row in SETTINGS.items():
         if name not in apart and not name.startswith(idle) and not row.free:
@@ -97,7 +95,7 @@ def _telling(settings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _label(record: Record, settings: Mapping[str, Any], differing: Sequence[str]) -> str:
     """The method, and what of its settings is not the default where runs differ."""
-    others = tuple(f"{name}." for name in METHODS if name != record.method)
+    others = idle_sections(record.method)
     told = [
         f"{name.rsplit('.', 1)[-1]}={shorten(str(settings[name]), 24)}"
         for name in differing

@@ -9,8 +9,8 @@ import flax.traverse_util
 import numpy as np
 from ml_collections import ConfigDict
 
-from sapt_jax.config import SETTINGS, flatten, make_method
-from sapt_jax.methods import METHODS, Method
+from sapt_jax.config import SETTINGS, flatten, idle_sections, make_method
+from sapt_jax.methods import Method
 from sapt_jax.recorded_config import upgrade
 from sapt_jax.results.labels import format_bytes
 from sapt_jax.results.record import Record, number, padded
@@ -32,7 +32,7 @@ def model_name(settings: Mapping[str, Any]) -> str:
 
 def changed(settings: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(name, value, default, what it is) of the settings that differ from the defaults; other methods' are left out."""
-    idle = tuple(f"{name}." for name in METHODS if name != settings.get("method"))
+    idle = idle_sections(settings.get("method"))
     rows = []
     for name in sorted(settings, key=lambda name: ("." in name, name)):
         if name.startswith(idle):

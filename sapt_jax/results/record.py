@@ -171,7 +171,7 @@ def _task_names(
     if scores:
         return tuple(map(str, scores["task_order"]))
     try:
-        return resolve_task_order(config["task_order"], config["benchmark"])
+        return resolve_task_order(config["task_order"], config["benchmark"], own_dir=config.get("own_dir", ""))
     except (KeyError, ValueError, AttributeError):
         seen = {row["task_index"]: str(row["task"]) for row in curves}
         return tuple(seen[index] for index in sorted(seen))
