@@ -24,7 +24,7 @@ from sapt_jax.results.record import read_record
 from sapt_jax.results.references import References
 from sapt_jax.run import Run
 from sapt_jax.state import Frozen
-from sapt_jax.storage.costs import read_costs
+from sapt_jax.storage.costs import Costs, read_costs
 
 
 class Beside(NamedTuple):
@@ -207,6 +207,9 @@ def _general(losses: tuple[float, float] | None) -> dict[str, float] | None:
 
 def _costs(run: Run, index: int) -> dict[str, Any] | None:
     """What a task took, and, where the model writes samples, what writing them took; None in an older run."""
+    if index not in {together[-1] for together in run.method.lessons(len(run.stream.tasks))}:
+        # The last of the tasks that are learned together has the costs of all.
+        return dataclasses.asdict(Costs())
     costs, writing = (read_costs(folder) for folder in (run.folder(index), run.folder(index) / WRITER))
     if costs is None:
         return None

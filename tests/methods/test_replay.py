@@ -11,6 +11,8 @@ from sapt_jax.config import check_config
 from sapt_jax.data.lesson import make_lesson
 from sapt_jax.methods.joint import Joint
 from sapt_jax.methods.replay import Replay
+from sapt_jax.results.comparison import figures
+from sapt_jax.results.scores import read_scores
 from tests.helpers.replayed import PET, SHARE, Linear, batches, sides, split_of, third_task
 from tests.helpers.run_files import assert_same_arrays, committed, predictions
 from tests.helpers.stopped import run_stopped_once
@@ -130,6 +132,8 @@ def test_all_tasks_at_once_have_one_fit(tmp_path, monkeypatch):
     matrix = np.array(scores["matrix"], float)
     assert matrix[0, 0] == matrix[1, 0] and np.isfinite(matrix[1]).all()
     assert scores["summary"]["F.Ra"] == scores["summary"]["BWT"] == 0 and scores["summary"]["AP"] == matrix[1].mean()
+    assert scores["costs"]["shout"]["seconds"] == 0 < scores["costs"]["mirror"]["seconds"]
+    assert figures(read_scores(tmp_path / "whole"), None)["seconds"] == scores["costs"]["mirror"]["seconds"]
     whole = committed(tmp_path / "whole")
     assert whole.keys() == {"01-mirror"} and len(predictions(tmp_path / "whole")) == 2
     records = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
