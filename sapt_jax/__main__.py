@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "report": ("sapt_jax.report", "one page of figures of runs", "runs/a runs/b --out=report.html"),
     "compare": ("sapt_jax.compare", "runs side by side in the terminal", "runs/a runs/b"),
     "inspect": ("sapt_jax.tools.inspect_data", "what a config's data look like", "--config=configs/smollm2_superni.py"),
-    "convert": ("sapt_jax.convert", "weights in, what was learned out", "to-peft --run=runs/a --out=adapters"),
+    "convert": ("sapt_jax.convert", "weights in, what was learned out", "to-peft --run=runs/a --all --out=adapters"),
     "check": (
         "sapt_jax.tools.compile_check",
         "whether a run fits hardware that is not here",
