@@ -239,7 +239,9 @@ def _differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for field in ("protocol", "seeds", "metric_per_task"):
         for key in sorted({key for run in runs for key in run[field]}):
-            values = [str(run[field].get(key)) for run in runs]
+            # A method's own settings say nothing of runs of another one.
+            own = [run for run in runs if key.startswith(f"{run['method']}.")]
+            values = [str(run[field].get(key)) for run in own or runs]
             if len(set(values)) > 1:
                 found.append(f"{field}.{key} is {' and '.join(dict.fromkeys(values))}")
     return found

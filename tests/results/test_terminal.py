@@ -116,6 +116,16 @@ def test_runs_of_different_protocols_are_told_apart():
     assert "seeds.seed is 0 and 9" in text
 
 
+def test_a_methods_own_protocol_is_compared_among_its_runs_alone():
+    matrix, own = _matrix(3), [{"references": "best", "sapt.pool_padding": padding} for padding in (False, True)]
+    other = _run(matrix, method="replay")
+    text = _show(terminal.compare_runs(("one", "two"), (_run(matrix, protocol=own[0]), other), width=200), width=200)
+    assert "do not measure the same" not in text
+    runs = (*(_run(matrix, protocol=protocol) for protocol in own), other)
+    text = _show(terminal.compare_runs(("one", "two", "three"), runs, width=200), width=200)
+    assert "protocol.sapt.pool_padding is False and True\n" in text
+
+
 def test_runs_say_what_was_told_seen_and_kept():
     matrix = _matrix(3)
     labels = {"needs_task_id": True, "routing": "method", "old_data": "real", "rows": 7, "bytes": 1_234_567}
