@@ -39,9 +39,9 @@ class Search:
             value = getattr(self, name)
             if not _is_number(value, int) or not least <= value <= most:
                 raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
-        least, most = _TEMPERATURES
-        if not _is_number(self.temperature, float) or not (self.temperature == 0 or least <= self.temperature <= most):
-            raise ValueError(f"temperature must be 0, or a number from {least} to {most}, not {self.temperature!r:.60}")
+        low, high = _TEMPERATURES
+        if not _is_number(self.temperature, float) or not (self.temperature == 0 or low <= self.temperature <= high):
+            raise ValueError(f"temperature must be 0, or a number from {low} to {high}, not {self.temperature!r:.60}")
         if not _is_number(self.top_p, float) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be a number above 0 and at most 1, not {self.top_p!r:.60}")
         if self.beams > 1 and self.temperature > 0:
