@@ -229,7 +229,7 @@ def _check(config, tensors):
     lora = {name[len("bank.") : -len("_a")] for name in tensors if name.startswith("bank.") and name.endswith("_a")}
     wanted = {
         "kind": (config.kind in ("lora", "prompt"), 'must be "lora" or "prompt"'),
-        "selection": (config.selection in ("attention", "mean"), 'must be "attention" or "mean"'),
+        "selection": (config.selection in ("attention", "mean", "sum"), 'must be "attention", "mean" or "sum"'),
         "temperature": (_is_positive(config.temperature), "must be a positive number"),
         "scale": (_is_positive(config.scale), "must be a positive number"),
         "tasks": (

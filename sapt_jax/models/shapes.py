@@ -141,14 +141,14 @@ def _check_rope(kind: str, rope: Mapping[str, Any], where: str) -> None:
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ValueError(f"{where}: rope scaling {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}.")
     given = {name for name, value in rope.items() if value is not None and name != "rope_type"}
+    if unknown := sorted(given - {*ROPE_OPTIONS, *(name for needed in ROPE_TYPES.values() for name in needed)}):
+        raise ValueError(f"{where}: rope scaling {kind!r} with {', '.join(unknown)} is not supported.")
+    if lacking := [name for name in ROPE_TYPES[kind] if name not in given]:
+        raise ValueError(f"{where}: rope scaling {kind!r} lacks {', '.join(lacking)}.")
     if wrong := sorted(name for name in given if not _is_positive(rope[name])):
         raise ValueError(
             f"{where}: {wrong[0]} of the rope scaling must be a positive number, not {rope[wrong[0]]!r:.60}."
         )
-    if lacking := [name for name in ROPE_TYPES[kind] if name not in given]:
-        raise ValueError(f"{where}: rope scaling {kind!r} lacks {', '.join(lacking)}.")
-    if unknown := sorted(given - {*ROPE_OPTIONS, *(name for needed in ROPE_TYPES.values() for name in needed)}):
-        raise ValueError(f"{where}: rope scaling {kind!r} with {', '.join(unknown)} is not supported.")
 
 
 _LLAMA3_SCALING = (

@@ -74,7 +74,9 @@ def old_arrays(kind, capacity, seed):
         shapes[f"['bank']{site}"] = (*shape[:axis], capacity, *shape[axis:])
         shapes[f"['trainable'].slot{site}"] = shape
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    attention = np.tril(rng.random((capacity, capacity)) + 0.1)
+    return arrays | {"['targets']": (attention / attention.sum(axis=1, keepdims=True)).astype(np.float32)}
 
 
 def write_old(workdir, method, kind):
