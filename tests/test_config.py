@@ -258,6 +258,7 @@ def test_settings_that_differ_are_all_listed_and_change_nothing(tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_every_field_but_the_free_ones_is_compared(tmp_path):
     fields = flatten(default_config())
     other = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 0.5, str: lambda x: x + "x"}

@@ -129,6 +129,7 @@ def test_no_file_is_long():
     assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
 
 
+@pytest.mark.slow
 def test_no_file_is_named_like_a_library():
     """A script's folder comes first where imports are looked for, and one name with two meanings misleads a reader."""
     imported = {name.split(".")[0] for tree in SOURCES.values() for name in imports_of(tree)}

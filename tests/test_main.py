@@ -94,6 +94,7 @@ def test_a_run_of_another_model(data_dir, tmp_path):
     assert "config.model.variant: 'smollm2-135m' before, 'llama-tiny' now" in message
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model(data_dir, tmp_path):
     config = tiny_config(data_dir)
     record_config(config, tmp_path / "run")
@@ -134,6 +135,7 @@ def run_main(*arguments):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_main_prints_one_message_and_exits_with_1(data_dir, tmp_path):
     (data_dir / "mirror" / "train.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": "a"\n')
     file = tmp_path / "config.py"

@@ -43,6 +43,7 @@ def step(optimizer, tree, state, grads, factor=1.0):
     return optax.apply_updates(tree, jax.tree.map(lambda update: factor * update, updates)), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rates", [RATES, ((".*", 1.0),)])
 def test_equals_torch_adamw_with_groups_clipping_and_schedule(rates):
     """Gradients of very different size: clipping is by one norm over all groups, and only where it is exceeded."""
@@ -117,6 +118,7 @@ def test_a_rate_of_zero_or_none_leaves_its_leaves_as_they_are():
         assert changed_parts(rates) == {"slot", "key"}
 
 
+@pytest.mark.slow
 def test_the_first_rule_that_matches_a_whole_path_counts():
     assert changed_parts(((r"selector/.*", None), (r"selector/key", 1.0), (".*", 1.0))) == {"slot"}
     assert changed_parts(((r"selector", None), (".*", 1.0))) == {"slot", "key", "query_projection"}
@@ -140,6 +142,7 @@ def test_a_leaf_that_no_rule_covers_is_an_error():
         optimizer.init(draw(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd", "adafactor", "lion", "adam"])
 def test_any_optimizer_of_optax_by_its_name(name):
     optimizer, tree = make_optimizer(name, {}, 0.1, ((".*", 1.0),), 1e9), draw(0)

@@ -21,6 +21,7 @@ def make_split(seed, rows):
     return EncodedSplit(Ragged.from_rows(sources), Ragged.from_rows(targets), 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize(("rows", "batch_size"), [(23, 4), (23, 1), (5, 8), (16, 8), (1, 1)])
 def test_rows_come_back_in_the_order_of_the_split(rows, batch_size, padding_side):

@@ -104,6 +104,7 @@ def reference(method, frozen, trainable, batch, samples, task_index):
     return float(loss.detach()), float(reflection.detach()), attention, gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_index", [0, 1, 3])
 @pytest.mark.parametrize(
     "kind", [LORA, pet.Lora(RANK, ALPHA, stop_gradient_through_bank=True), PROMPT], ids=["lora", "lora-stop", "prompt"]
@@ -132,6 +133,7 @@ def test_first_task_is_plain_lora():
     assert all(np.any(x) for x in jax.tree.leaves(gradient.slot))
 
 
+@pytest.mark.slow
 def test_only_the_trainable_tree_changes():
     frozen, trainable = make_state(8)
     before = jax.tree.map(np.array, frozen)
@@ -141,6 +143,7 @@ def test_only_the_trainable_tree_changes():
     assert all(np.any(x) for x in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_later_slots_do_not_matter():
     frozen, trainable = make_state(11)
     batch, samples = make_batch(12), make_samples(13)
@@ -155,6 +158,7 @@ def test_later_slots_do_not_matter():
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [2, 3])
 def test_accumulation_is_one_batch(accumulation):
     frozen, trainable = make_state(14)
@@ -189,6 +193,7 @@ def test_the_loss_may_be_a_mean_of_micro_batch_means():
     assert not np.allclose(whole.selector["key"], expected.selector["key"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_filler_rows_do_not_count():
     frozen, trainable = make_state(17)
     batch, samples = make_batch(18), make_samples(19)
@@ -200,6 +205,7 @@ def test_filler_rows_do_not_count():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), second, first)
 
 
+@pytest.mark.slow
 def test_one_trace_for_five_tasks():
     chex.clear_trace_counter()
     method, tasks = tiny_method(**FIELDS), 5
@@ -220,6 +226,7 @@ def test_one_trace_for_five_tasks():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_hook_that_a_method_does_not_have_is_no_part_of_the_step():
     """Sequential LoRA has no penalty, no memory and no attention to learn; its block goes on."""
     method = tiny_method("sequential", pet=LORA)
@@ -232,6 +239,7 @@ def test_a_hook_that_a_method_does_not_have_is_no_part_of_the_step():
     jax.tree.map(np.testing.assert_array_equal, again, trainable)
 
 
+@pytest.mark.slow
 def test_without_a_weight_the_reflection_loss_is_no_part_of_the_step():
     frozen, trainable = make_state(24)
     _, metrics = run_step(tiny_method(**{**FIELDS, "kl_ratio": 0.0}), frozen, trainable, make_batch(25), None, 2)
@@ -239,6 +247,7 @@ def test_without_a_weight_the_reflection_loss_is_no_part_of_the_step():
     np.testing.assert_array_equal(metrics["loss"], metrics["task_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(broken):
     frozen, trainable = make_state(26)

@@ -8,6 +8,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from setuptools import find_namespace_packages
@@ -48,6 +49,7 @@ def test_the_tests_pin_nothing_twice():
     assert not pins("requirements.txt").keys() & pins("requirements-test.txt").keys()
 
 
+@pytest.mark.slow
 def test_every_import_is_declared():
     distributions, undeclared = packages_distributions(), set()
     for file in (ROOT / "sapt_jax").rglob("*.py"):
@@ -62,6 +64,7 @@ def test_every_import_is_declared():
     assert not undeclared
 
 
+@pytest.mark.slow
 def test_starting_a_run_imports_nothing_that_takes_seconds():
     slow = {"matplotlib", "nltk", "scipy.stats", "tensorflow_datasets", "torch", "transformers"}
     code = f"import sys, sapt_jax.main; print(*{slow} & sys.modules.keys())"

@@ -28,6 +28,7 @@ def without_slot(tree, slot):
     return [METHOD.pet.read(tree.bank, t) for t in range(4) if t != slot]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_task_changes_one_slot():
     frozen, trainable = random_trees(0)
     target = jnp.asarray([0.1, 0.2, 0.7, 0.0])
@@ -42,6 +43,7 @@ def test_the_end_of_a_task_changes_one_slot():
     jax.tree.map(np.testing.assert_array_equal, after.base, frozen.base)
 
 
+@pytest.mark.slow
 def test_growing_keeps_all_that_was_learned():
     frozen, _ = random_trees(1)
     frozen = frozen.replace(enabled=jnp.asarray([True, False, True, True]))
@@ -58,6 +60,7 @@ def test_growing_keeps_all_that_was_learned():
     assert jax.tree.map(lambda x: x.shape, grown.replace(base=None)) == shapes
 
 
+@pytest.mark.slow
 def test_ending_a_task_keeps_the_attention_of_training():
     frozen, trainable = random_trees(1)
     pooled = jnp.asarray(np.random.default_rng(2).normal(size=(5, WIDTH)), jnp.float32)

@@ -81,6 +81,7 @@ def same_tokenizer(path, other):
         assert one.encode_chat((("user", "the task"),)) == two.encode_chat((("user", "the task"),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", (t5_folder, llama_folder))
 def test_from_hf(tmp_path, out, make, capsys):
     source = make(tmp_path / "hf")
@@ -156,6 +157,7 @@ def test_from_gguf_without_a_vocabulary(tmp_path, out, capsys):
     assert "without a tokenizer" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "bias_per_layer"), ((unscanned, False), (scanned, False), (scanned, True)))
 def test_from_t5x(tmp_path, out, layout, bias_per_layer):
     arrays = layout(make_params(seed=6, bias_per_layer=bias_per_layer))

@@ -61,6 +61,7 @@ def assert_same(one, other):
             np.testing.assert_array_equal(a[name], b[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(8))
 def test_every_row_once_per_epoch_in_a_constant_number_of_batches(trial):
     rng = np.random.default_rng([11, trial])

@@ -299,6 +299,7 @@ def test_all_real_unseen_tasks_load():
         assert len(task.test) == 100 and task.definition
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("benchmark, order", [("superni", "superni_748"), ("long_sequence", "long_mnli")])
 def test_all_real_tasks_load_with_the_published_sizes(benchmark, order):

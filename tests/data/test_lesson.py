@@ -49,6 +49,7 @@ def test_the_share_is_exact_and_own_rows_come_once_an_epoch(seed):
         assert own == list(range(21))
 
 
+@pytest.mark.slow
 def test_batches_depend_on_seed_and_step_alone():
     lesson, _ = third_task(4)
     whole = batches(lesson)
@@ -61,6 +62,7 @@ def test_batches_depend_on_seed_and_step_alone():
     assert len(set(earlier)) > 1
 
 
+@pytest.mark.slow
 def test_processes_share_a_batch():
     lesson, _ = third_task(5, texts=True)
     whole, parts = batches(lesson), [batches(lesson, process=(i, 2)) for i in range(2)]
@@ -72,6 +74,7 @@ def test_processes_share_a_batch():
             np.testing.assert_array_equal(texts, batch["writing"][name])
 
 
+@pytest.mark.slow
 def test_tasks_are_drawn_alike_and_shapes_are_those_of_the_buckets():
     lesson, _ = third_task(6, rows=(60, 40, 2))
     made = batches(lesson, steps=100)

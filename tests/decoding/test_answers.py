@@ -53,6 +53,7 @@ def spoken(row, done):
     return np.where(np.arange(len(row)) < length, row, PAD), length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_end_at_their_end_token_and_the_loop_with_the_last_row(seed, counted):
     rng = np.random.default_rng(seed)
@@ -152,6 +153,7 @@ def test_draws_follow_the_distribution_of_transformers(settings):
     assert (np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / 4000)).all()
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_apart_with_temperatures_and_nuclei_of_their_own():
     """Each row as if it were drawn alone, and as `draw` with its own settings would."""
     rng = np.random.default_rng(8)

@@ -79,6 +79,7 @@ def test_sums_router_and_choices_equal_numpy():
     np.testing.assert_array_equal(choices(frozen, rows, 2)[clear], expected.argmax(axis=1)[clear])
 
 
+@pytest.mark.slow
 def test_the_order_of_tasks_does_not_matter():
     first, second = clusters(2, tasks=2)
     one, other = learned([first, second]).memory, learned([second, first]).memory
@@ -87,6 +88,7 @@ def test_the_order_of_tasks_does_not_matter():
     np.testing.assert_allclose(one["router"][:, [1, 0, 2]], other["router"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_and_means_are_routed_to_their_task_among_the_tasks_seen():
     tasks = clusters(3)
     frozen = learned(tasks)

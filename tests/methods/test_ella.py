@@ -51,6 +51,7 @@ def test_the_penalty_equals_a_loop(name, task):
     np.testing.assert_allclose(loss, 0.7 * overlap, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_withdrawn_and_later_slots_add_nothing():
     frozen, trainable = trees("llama-tiny", 1)
     frozen = frozen.replace(enabled=jnp.asarray([True, False, True, True]))

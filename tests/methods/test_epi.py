@@ -40,6 +40,7 @@ def learned(tasks):
 choices = functools.partial(routing.choices, METHOD)
 
 
+@pytest.mark.slow
 def test_memory_and_choices_equal_numpy():
     tasks = clusters(0)
     frozen = learned(tasks)
@@ -75,6 +76,7 @@ def test_a_task_s_mean_is_routed_to_it_among_the_tasks_seen():
     assert 1 not in choices(withdrawn, frozen.memory["means"], 2)
 
 
+@pytest.mark.slow
 def test_a_task_in_training_takes_its_own_block_whatever_the_input():
     frozen = learned(clusters(3)[:1])
     rows = np.asarray(frozen.memory["means"][:1])

@@ -112,6 +112,7 @@ def test_the_penalty_equals_a_loop_and_is_nothing_where_the_task_before_ended(na
     assert loss == 0 and not any(np.any(x) for x in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", ["sum", "mean"])
 def test_the_fisher_of_three_tasks_is_their_sum_or_their_mean(accumulation):
     method, model = Ewc(Lora(2, 8.0), accumulation=accumulation), MODELS["llama-tiny"]

@@ -49,6 +49,7 @@ def test_the_fit_is_the_covariance_s_leading_part_and_its_exact_variances(rows, 
         np.testing.assert_allclose(whole, covariance, atol=1e-12 * scale)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_has_the_fitted_moments():
     fits = [gaussians.fit(correlated(seed, 50, 6), RANK) for seed in range(2)]
     stacked = {name: jnp.asarray(np.stack([fit[name] for fit in fits]), jnp.float32) for name in fits[0]}
@@ -83,6 +84,7 @@ def after_two_tasks():
     return method, frozen, fresh(method, MODEL, BASE, 7, previous=trainable)
 
 
+@pytest.mark.slow
 def test_the_reflection_loss_is_that_of_drawn_features():
     method, frozen, trainable = after_two_tasks()
     loss, logs = method.penalty(jax.random.key(3), frozen, trainable, None, at(2))

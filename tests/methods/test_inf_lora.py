@@ -45,6 +45,7 @@ def at_path(tree, path):
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_task_starts_off_the_span_with_columns_of_a_fresh_block_s_norm(name):
     frozen = after_a_task(2, MODELS[name])

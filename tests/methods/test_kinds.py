@@ -21,6 +21,7 @@ SPLITS = ("source", "source_mask", "target", "target_mask")
 ROUTED = [name for name, kind in METHODS.items() if issubclass(kind, Routed)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ROUTED)
 def test_it_learns_and_answers(name, kind):

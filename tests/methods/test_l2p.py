@@ -56,6 +56,7 @@ def test_choice_and_input_equal_a_loop():
     assert len(seen) > 1
 
 
+@pytest.mark.slow
 def test_a_row_s_choice_does_not_depend_on_the_rows_beside_it():
     frozen, trainable = trees(2)
     features = queries(3, rows=8)

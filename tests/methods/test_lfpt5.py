@@ -38,6 +38,7 @@ def parts_of(model, before, prompt, batch, index):
     return mean(batch), mean(batch["writing"]), model.mean_kl(before, prompt, batch, earlier)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_five_updates_before_and_after_a_task_equal_numpy(seed):
     model, (lesson, splits) = Linear(seed), third_task(seed, texts=True)

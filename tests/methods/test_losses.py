@@ -1,9 +1,11 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sapt_jax.methods import losses
 
 
+@pytest.mark.slow
 def test_cross_entropy_counts_masked_tokens_only():
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=(3, 5, 11)), rng.integers(0, 11, (3, 5))

@@ -53,6 +53,7 @@ def test_the_penalty_equals_a_loop(name, task):
     np.testing.assert_allclose(loss, 0.7 * overlap + 0.2 * norms, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_withdrawn_and_later_slots_add_nothing():
     frozen, trainable = trees("llama-tiny", 1)
     frozen = frozen.replace(enabled=jnp.asarray([True, False, True, True]))
@@ -60,6 +61,7 @@ def test_withdrawn_and_later_slots_add_nothing():
     np.testing.assert_allclose(logs["overlap"], overlap_of(frozen, trainable, (0, 2)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_orthogonal_factors_cost_nothing():
     frozen, trainable = trees("llama-tiny", 2)
     stored = jax.tree_util.tree_map_with_path(

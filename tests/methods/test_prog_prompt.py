@@ -39,6 +39,7 @@ def written_out(frozen, trainable, slot, row):
     return np.concatenate([bank[i] for i in range(row, -1, -1) if frozen.enabled[i]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("enabled", [(True,) * TASKS, (True, False, True, True)])
 def test_rows_get_the_prompts_up_to_their_task_newest_first(enabled):
     frozen, trainable = trees(0)
@@ -58,6 +59,7 @@ def test_no_row_gets_the_prompts_of_slots_that_are_not_learned():
     assert mask.sum(axis=1).tolist() == [2 * LENGTH] * 3
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_prompt_in_training_alone():
     frozen, trainable = trees(2)
     weight = jnp.asarray(np.random.default_rng(3).normal(size=(3, TASKS * LENGTH, MODEL.config.d_model)), jnp.float32)

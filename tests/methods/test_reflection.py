@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sapt_jax.methods.reflection import reflection_loss
 
@@ -9,6 +10,7 @@ def reflect(targets, weights, valid, task_index):
     return reflection_loss(jnp.asarray(targets, jnp.float32), log_weights, jnp.asarray(valid), task_index)
 
 
+@pytest.mark.slow
 def test_reflection_equals_a_loop():
     rng = np.random.default_rng(1)
     tasks, size, task_index = 4, 3, 2
@@ -37,6 +39,7 @@ def test_reflection_is_zero_where_nothing_moved():
     np.testing.assert_allclose(total, 0.0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_reflection_with_a_one_hot_target_is_minus_log_weight():
     targets = np.array([[0.0, 1.0], [0.0, 0.0]])
     weights = np.array([[[0.8, 0.2]], [[0.5, 0.5]]])

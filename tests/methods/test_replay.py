@@ -33,6 +33,7 @@ def check_updates(model, prompt, lesson_batches, found, loss_of):
     return prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_five_updates_before_and_after_a_task_equal_numpy(seed):
     model, (lesson, splits) = Linear(seed), third_task(seed)
@@ -58,6 +59,7 @@ def test_five_updates_before_and_after_a_task_equal_numpy(seed):
     check_updates(model, prompt, mixed, model.train(METHOD, trees, mixed, 2), loss_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["proportional", "equal"])
 def test_five_updates_on_all_tasks_equal_numpy(sampling):
     model, method, rng = Linear(5), Joint(PET, sampling=sampling), np.random.default_rng(5)

@@ -66,6 +66,7 @@ def test_a_task_begins_with_a_fresh_block_and_key_and_the_projection_of_the_task
     assert not np.allclose(moved.selector["key"], third.selector["key"])
 
 
+@pytest.mark.slow
 def test_weights_of_the_ablations():
     method, frozen, second, _, old, _ = two_tasks(3)
     attention = np.exp(method.log_weights(frozen, second, old, at(1)))
@@ -159,6 +160,7 @@ def test_the_selector_is_what_the_attention_module_declares():
     assert leaves["key"].shape == (WIDTH,) and leaves["key"].axes == ("query",)
 
 
+@pytest.mark.slow
 def test_a_key_along_the_mean_query_begins_with_an_equal_share():
     method, frozen, second, _, _, new = two_tasks(8, key_start="query")
     assert method.rows_before == 256

@@ -48,6 +48,7 @@ def test_attends_to_valid_tokens_up_to_itself(kernel, length):
     np.testing.assert_allclose(out * valid[:, :, None, None], loop(query, key, value, valid), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_kernel_equal_those_of_the_plain_product():
     *arrays, valid = inputs()
     toward = np.random.default_rng(1).standard_normal(arrays[0].shape) * valid[:, :, None, None]

@@ -46,6 +46,7 @@ def test_mixture_equals_the_written_out_sum_of_blocks():
     np.testing.assert_allclose(got, written_out(x, kernel, a, b, weights), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixture_gradients_equal_finite_differences():
     x, kernel, a, b, weights = make_site(seed=10)
     direction = draw(20, BATCH, LENGTH, FEATURES)

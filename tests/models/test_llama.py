@@ -152,6 +152,7 @@ def test_left_padding_changes_nothing(small):
     )
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_no_other_row_nor_on_later_tokens(small):
     model, params = small
     batch = make_batch(seed=7)
@@ -163,6 +164,7 @@ def test_a_row_depends_on_no_other_row_nor_on_later_tokens(small):
     assert np.abs(got - before)[0, 5:].max() > 1e-2 and np.abs(got - before)[1:].max() > 1e-2
 
 
+@pytest.mark.slow
 def test_decoding_equals_teacher_forcing(small):
     model, params = small
     batch, mixture = make_batch(seed=8), make_mixture(CONFIG, seed=9)
@@ -231,6 +233,7 @@ def test_a_filler_row_is_finite(small):
     assert np.isfinite(logits_of(model, params, batch)).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(small):
     model, params = small
     rough = Llama(CONFIG, jnp.bfloat16, "none")
@@ -303,6 +306,7 @@ def test_config_errors_name_the_file_and_the_field(changes, message):
     assert str(error.value).startswith("there/config.json: ") and message in str(error.value)
 
 
+@pytest.mark.slow
 def test_every_activation_is_transformers_own():
     from transformers.activations import ACT2FN
 

@@ -125,6 +125,7 @@ def test_matches_transformers(generation, tmp_path):
     np.testing.assert_array_equal(tokens, generated[:, 1:])
 
 
+@pytest.mark.slow
 def test_buckets_match_transformers():
     from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -196,6 +197,7 @@ def test_no_mixture_equals_zero_mixture():
     np.testing.assert_array_equal(logits_of(model, params, batch), logits_of(model, params, batch, mixture))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", fast_is("v1.1", SHAPES))
 def test_mixture_equals_written_out_blocks(shape):
     """Each task's block applied by itself, weighted and summed, in a float64 model written out layer by layer."""

@@ -69,6 +69,7 @@ def test_prompt_mixture_equals_a_loop_over_prompts():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @KINDS
 def test_write_changes_one_slot_and_read_returns_it(kind):
     bank = random_bank(kind, 2, 4)

@@ -69,6 +69,7 @@ def test_old_file_without_arrays_beside_it(tmp_path):
     assert_loads_as(file, params)
 
 
+@pytest.mark.slow
 def test_without_optimizer_state(tmp_path):
     params = make_params(seed=5)
     assert_loads_as(write_t5x(tmp_path / "checkpoint_3", unscanned(params), state=False), params)

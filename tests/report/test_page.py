@@ -48,6 +48,7 @@ def hostile(tmp_path_factory):
     return page.make_page([read_record(run)])
 
 
+@pytest.mark.slow
 def test_what_comes_from_data_is_text(hostile):
     parsed = Parsed(hostile)
     assert sum(tag == "script" for tag, _ in parsed.tags) == 2

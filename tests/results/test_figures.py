@@ -108,6 +108,7 @@ SITUATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_every_situation_gives_a_figure_or_a_reason(situation, tmp_path):
     fields = dict(SITUATIONS[situation])
@@ -146,6 +147,7 @@ def test_fifteen_long_names_leave_room_for_what_they_name(tmp_path):
         assert left >= 0
 
 
+@pytest.mark.slow
 def test_files_embed_their_fonts_and_are_the_same_each_time(record, tmp_path):
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()

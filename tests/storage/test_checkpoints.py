@@ -97,6 +97,7 @@ def test_a_task_in_training_comes_back_bit_for_bit(loop, tmp_path):
     assert checkpoints.latest_step(tmp_path) == 7
 
 
+@pytest.mark.slow
 def test_the_latest_of_several_saves_wins(tmp_path):
     saved = TaskCheckpoints(tmp_path)
     for step in (5, 10, 100):
@@ -119,6 +120,7 @@ def test_what_is_saved_is_not_what_the_buffers_hold_later(tmp_path):
     assert_same_bits(restored, jax.tree.map(jnp.asarray, want))
 
 
+@pytest.mark.slow
 def test_a_save_that_was_cut_short_is_not_taken_for_one(tmp_path):
     save(tmp_path, make_state(1), make_trainable(1), Loop(5))
     # Orbax writes into such a folder and renames it at the end.
@@ -157,6 +159,7 @@ def test_a_committed_task_comes_back_bit_for_bit(tmp_path):
     assert checkpoints.saved_capacity(tmp_path, method_of(2).frozen_leaves(PARAMETERS, 1)) == 3
 
 
+@pytest.mark.slow
 def test_a_committed_task_that_does_not_fit_names_every_array(tmp_path):
     checkpoints.save_committed(tmp_path, make_frozen(1), make_trainable(2))
     smaller, wider = make_frozen(1, capacity=2), make_trainable(2, dtype=jnp.bfloat16)
@@ -249,6 +252,7 @@ def test_a_damaged_task_is_one_line_that_names_the_folder(whole, tmp_path, kind)
         assert_same_bits(restored[1], make_trainable(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latest/d", "latest/_METADATA", "best/manifest.ocdbt", "loop", "empty loop"])
 def test_a_damaged_step_gives_way_to_the_one_before(tmp_path, kind, caplog):
     for step in (5, 10):
@@ -266,6 +270,7 @@ def test_a_damaged_step_gives_way_to_the_one_before(tmp_path, kind, caplog):
     assert restore(tmp_path, make_state(0)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["[lr=0.01] a", "a*b?", "back\\slash", "a{b,c}"])
 def test_a_path_is_no_pattern(tmp_path, name):
     folder = tmp_path / name / "tasks" / "00-[x]"

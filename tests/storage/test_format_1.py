@@ -180,6 +180,7 @@ def test_the_commands_read_it(tmp_path):
         np.testing.assert_array_equal(last[name], written[-1][f"['bank']{site}"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named_as_it_is_stored(tmp_path):
     write_old(tmp_path / "run", "sapt", "lora")
     folder = task_folders.task_folder(tmp_path / "run", 0, TASKS[0])

@@ -20,6 +20,7 @@ def test_the_second_is_told_who_holds_it(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_nothing(tmp_path):
     script = (
         "import os, sys\nfrom sapt_jax.storage import lock\n"

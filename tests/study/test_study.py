@@ -29,6 +29,7 @@ def small(**overrides):
     return make_study(tiny_config("", **overrides), METHODS, ORDERS, seeds=(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_of_every_study_has_a_sound_config(name):
     module = importlib.import_module(f"configs.studies.{name}")
@@ -146,6 +147,7 @@ def test_a_study_goes_on_tells_failures_and_ends_with_a_table(config, tmp_path, 
     assert "\\pm" in (tmp_path / "table.tex").read_text()
 
 
+@pytest.mark.slow
 def test_torn_scores_of_one_run_stop_no_other(config, tmp_path, monkeypatch):
     monkeypatch.setattr(preemption, "watch", lambda: None)
     (tmp_path / "sapt/one/seed2").mkdir(parents=True)

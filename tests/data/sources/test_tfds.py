@@ -26,6 +26,7 @@ def write_benchmark(root, folder, name, train, test):
     (task / "labels.json").write_text('["a", "b"]')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "benchmark, folder, name",
     [("superni", "SuperNI", "task1572_samsum_summary"), ("long_sequence", "Long_Sequence", "cb")],
