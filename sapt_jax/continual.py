@@ -18,8 +18,7 @@ from sapt_jax.config import (
     protocol_of,
 )
 from sapt_jax.contents import contents_of
-from sapt_jax.data.benchmarks import resolve_task_order
-from sapt_jax.data.stream import split_names
+from sapt_jax.data.stream import disabled_of, order_of, split_names
 from sapt_jax.evaluation import check_stored, features_of, general_loss, test
 from sapt_jax.fit import fit
 from sapt_jax.methods.base import Samples, Seen
@@ -66,7 +65,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
 def _run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     check_same_run(config, workdir)
-    names = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
+    names = order_of(config)
     task_folders.check_order(workdir, names)
     disabled = _disabled_tasks(config, names, workdir)
     references = _references(config, names)
@@ -214,11 +213,7 @@ def _test_beside(run: Run, trees: tuple[Frozen, Trainable], results: epath.Path)
 
 
 def _disabled_tasks(config: ConfigDict, names: tuple[str, ...], workdir: epath.Path) -> tuple[str, ...]:
-    given = config.disabled_tasks
-    disabled = ()
-    if given:
-        disabled = resolve_task_order(given, config.benchmark, "config.disabled_tasks", config.own_dir)
-    method = make_method(config)
+    disabled, method = disabled_of(config), make_method(config)
     for name in disabled:
         if name not in names:
             raise ValueError(f"config.disabled_tasks names {name}, which is not in config.task_order.")

@@ -17,9 +17,8 @@ from rich.console import Console
 from sapt_jax import sharding, state
 from sapt_jax.config import capacity_of, make_method
 from sapt_jax.data.batching import Layout
-from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.lesson import check_share
-from sapt_jax.data.stream import Stream, load_stream
+from sapt_jax.data.stream import Stream, load_stream, order_of
 from sapt_jax.decoding.answers import Ends
 from sapt_jax.methods import Method
 from sapt_jax.models.families import load_params, make_model, parameters, read_shape
@@ -155,7 +154,7 @@ def read_inputs(config: ConfigDict) -> tuple[nn.Module, Tokenizer, Stream]:
     """
     model, tokenizer = read_model(config)
     method = make_method(config)
-    num_tasks = len(resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir))
+    num_tasks = len(order_of(config))
     stream = load_stream(
         config,
         tokenizer,

@@ -13,9 +13,8 @@ from sapt_jax.ask.backbone import Backbone, Placed, Row
 from sapt_jax.ask.questions import Asked, Encoded, Form, Question, default_template
 from sapt_jax.ask.teaching import own_tasks, teach
 from sapt_jax.config import capacity_of
-from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.instructions import read_instructions
-from sapt_jax.data.stream import encoding_rules
+from sapt_jax.data.stream import encoding_rules, order_of
 from sapt_jax.export.learned import Learned, declared_state, read_run
 from sapt_jax.export.to_torch import write_model
 from sapt_jax.sharding import AXES
@@ -348,7 +347,7 @@ class Model:
 def _place(learned: Learned, backbone: Backbone) -> Placed:
     """What was learned, on the devices, in a bank of the run's own capacity: a task more is then no other shape."""
     config, method = learned.config, backbone.method
-    order = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
+    order = order_of(config)
     capacity = capacity_of(config, method, max(len(order), len(learned.tasks)))
     frozen_leaves, trainable_leaves = declared_state(config, learned.shape, capacity)
     frozen = sharding.place(state.grow(learned.frozen, frozen_leaves), frozen_leaves, backbone.mesh)

@@ -8,8 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapt_jax import continual, state
-from sapt_jax.data.benchmarks import resolve_task_order
 from sapt_jax.data.sources.own_tasks import as_pair
+from sapt_jax.data.stream import order_of
 from sapt_jax.data.task import read_instances
 from sapt_jax.export.learned import Learned
 from sapt_jax.storage import task_folders
@@ -100,7 +100,7 @@ def _config(workdir: Path, name: str, learned: Learned) -> ConfigDict:
             "sapt_jax.main"
         )
     config.own_dir = str(own)
-    order = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
+    order = order_of(config)
     if name in learned.tasks:
         raise ValueError(f"name={name!r}: the run has learned this task already; choose another name")
     left = [task for task in order if task not in (*learned.tasks, name)]

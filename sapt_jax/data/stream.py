@@ -120,6 +120,18 @@ def writing_rules(config: ConfigDict, name: str) -> Writing:
     return Writing(f"{CUE} {name}", True, config.pseudo_samples.writer.max_length)
 
 
+def order_of(config: ConfigDict) -> tuple[str, ...]:
+    """The tasks of config.task_order by their full names; errors as of `resolve_task_order`."""
+    return resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
+
+
+def disabled_of(config: ConfigDict) -> tuple[str, ...]:
+    """The tasks of config.disabled_tasks, of which there may be none, by their full names."""
+    if not config.disabled_tasks:
+        return ()
+    return resolve_task_order(config.disabled_tasks, config.benchmark, "config.disabled_tasks", config.own_dir)
+
+
 def split_names(names: str) -> tuple[str, ...]:
     """Names separated by commas."""
     return tuple(name.strip() for name in names.split(",") if name.strip())
@@ -138,7 +150,7 @@ def load_stream(
     Raises:
       ValueError or FileNotFoundError: naming the file, row or config field at fault.
     """
-    names = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
+    names = order_of(config)
     data, rules = config.data, encoding_rules(config, tokenizer, padding_side)
     origin = Origin(config.benchmark, config.data_source, config.data_dir, config.own_dir)
     cuts = SplitRules(**{field.name: data[field.name] for field in dataclasses.fields(SplitRules)})

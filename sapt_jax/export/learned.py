@@ -21,7 +21,8 @@ from sapt_jax.config import (
     unknown_fields,
     wrong_values,
 )
-from sapt_jax.data.benchmarks import BENCHMARKS, resolve_task_order
+from sapt_jax.data.benchmarks import BENCHMARKS
+from sapt_jax.data.stream import disabled_of, order_of
 from sapt_jax.export.sites import base_parameters
 from sapt_jax.methods import Method
 from sapt_jax.models.families import read_shape
@@ -161,10 +162,7 @@ def read_run(workdir: Path, base: str = "") -> Learned:
         raise ValueError(
             f"{where} is not the model that this run was trained on, or the run is damaged: {error}"
         ) from None
-    given = config.disabled_tasks
-    disabled = ()
-    if given:
-        disabled = resolve_task_order(given, config.benchmark, "config.disabled_tasks", config.own_dir)
+    disabled = disabled_of(config)
     enabled = np.array([name not in disabled for name in slots])
     declared, _ = declared_state(config, shape, len(slots))
     bank, memory = (_cut(getattr(last, name), getattr(declared, name)) for name in ("bank", "memory"))
@@ -187,7 +185,7 @@ def write_run(config: ConfigDict, shape: Any, ended: Mapping[str, Ended], workdi
     """
     for name, task in ended.items():
         _check_numbers(name, task)
-    order = resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)
+    order = order_of(config)
     if order[: len(ended)] != tuple(ended):
         raise ValueError(f"config.task_order begins with {', '.join(order)}, the tasks are {', '.join(ended)}")
     method = make_method(config)

@@ -19,7 +19,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from sapt_jax.data.benchmarks import BENCHMARKS, resolve_task_order
+from sapt_jax.data.benchmarks import BENCHMARKS
+from sapt_jax.data.stream import order_of
 from sapt_jax.export.learned import Ended, Learned, write_run
 from sapt_jax.export.safe_pickle import read_array
 from sapt_jax.export.selector import make_selector, query_projection
@@ -292,6 +293,6 @@ def _settle(config: ConfigDict, base: str, tasks: tuple[str, ...], trainables: S
 
 def _begins_with(config: ConfigDict, tasks: tuple[str, ...]) -> bool:
     try:
-        return resolve_task_order(config.task_order, config.benchmark, own_dir=config.own_dir)[: len(tasks)] == tasks
+        return order_of(config)[: len(tasks)] == tasks
     except ValueError:
         return False

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from sapt_jax import continual
 from sapt_jax.command_line import load_config, told_in_one_line
-from sapt_jax.data.benchmarks import resolve_task_order
+from sapt_jax.data.stream import order_of
 from sapt_jax.recorded_config import check_same_run
 from sapt_jax.results import comparison
 from sapt_jax.results.comparison import Row
@@ -107,11 +107,7 @@ def is_finished(run: Planned, folder: epath.Path) -> bool:
     except (FileNotFoundError, ValueError):
         # The run writes it anew.
         return False
-    return bool(not np.isnan(scores["matrix"][-1]).any()) and len(scores["task_order"]) == _num_tasks(run)
-
-
-def _num_tasks(run: Planned) -> int:
-    return len(resolve_task_order(run.config.task_order, run.config.benchmark, own_dir=run.config.own_dir))
+    return bool(not np.isnan(scores["matrix"][-1]).any()) and len(scores["task_order"]) == len(order_of(run.config))
 
 
 def _line(

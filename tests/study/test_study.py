@@ -12,6 +12,7 @@ from configs import studies
 from sapt_jax import continual
 from sapt_jax.command_line import load_config
 from sapt_jax.config import flatten
+from sapt_jax.data.stream import order_of
 from sapt_jax.recorded_config import record_config
 from sapt_jax.storage import preemption
 from sapt_jax.storage.paths import as_path
@@ -38,7 +39,7 @@ def test_every_run_of_every_study_has_a_sound_config(name):
     assert len({run.name for run in runs}) == len(runs) >= 4
     assert any(run.config.method == "single_task" for run in runs)
     for run in runs:
-        assert continual.resolve_task_order(run.config.task_order, run.config.benchmark)
+        assert order_of(run.config)
 
 
 def test_the_promised_studies_are_there():
