@@ -102,6 +102,13 @@ PRESETS: Mapping[str, Callable[[ConfigDict], Changes]] = {
 }
 
 
+def preset(c: ConfigDict, name: str) -> Changes:
+    """What a method changes of another config, itself included."""
+    # What the other config says of rates, it says of SAPT's selector.
+    own = {"optimizer.rates": ((".*", 1.0),)} if name != "sapt" else {}
+    return {"method": name, **own, **PRESETS[name](c)}
+
+
 def get_config(argument: str = ""):
     """The config that an argument `name=METHOD,of=CONFIG` names; further parts are the other config's own argument."""
     parts = list(filter(None, argument.split(",")))
@@ -118,9 +125,5 @@ def get_config(argument: str = ""):
     if rest and not inspect.signature(other).parameters:
         raise ValueError(f"the config's argument {rest!r} is not understood: configs/{of}.py takes none.")
     c = other(rest) if rest else other()
-    c.method = name
-    if name != "sapt":
-        # What the other config says of rates, it says of SAPT's selector.
-        c.optimizer.rates = ((".*", 1.0),)
-    c.update_from_flattened_dict(PRESETS[name](c))
+    c.update_from_flattened_dict(preset(c, name))
     return c

@@ -4,8 +4,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.methods import PRESETS
-from sapt_jax.methods import METHODS
+from configs.methods import preset
+from sapt_jax.data.benchmarks import TASK_ORDERS
+from sapt_jax.study.grid import make_study
 
 SOURCES = ("statistics", "generate", "files", "train", "none")
 # By what stands for the inputs of earlier tasks in the reflection loss.
@@ -23,12 +24,11 @@ PAPER += ("replay", "l2p", "lfpt5", "prog_prompt")
 
 
 def some(c: ConfigDict, *names: str) -> dict[str, dict[str, Any]]:
-    """The deltas on `c` of methods of configs/methods.py that are there, and of SAPT by source, in this order."""
-    there = [name for name in names if name in SAPT or name in METHODS]
-    return {name: SAPT[name] if name in SAPT else _preset(c, name) for name in there}
+    """The deltas on `c` of methods of configs/methods.py, and of SAPT by source, in this order."""
+    return {name: SAPT[name] if name in SAPT else preset(c, name) for name in names}
 
 
-def _preset(c: ConfigDict, name: str) -> dict[str, Any]:
-    # Rates that the config has for SAPT's selector are not those of others.
-    own = {"optimizer.rates": ((".*", 1.0),)} if name != "sapt" else {}
-    return {"method": name, **own, **PRESETS[name](c)}
+def paper_grid(c: ConfigDict) -> ConfigDict:
+    """The paper's study with a model on a benchmark: all that it compares, both orders, three seeds."""
+    orders = {name: name for name, tasks in TASK_ORDERS.items() if set(tasks) == set(TASK_ORDERS[c.task_order])}
+    return make_study(c, some(c, *PAPER), orders, seeds=(42, 43, 44))

@@ -5,11 +5,8 @@ SAPT_DATA_DIR=/path/to/data python -m sapt_jax.study --config=configs/studies/pa
 """
 
 from configs import t5_large_long
-from configs.studies.methods import PAPER, some
-from sapt_jax.study.grid import make_study
+from configs.studies.methods import paper_grid
 
 
 def get_config():
-    c = t5_large_long.get_config()
-    orders = {name: name for name in ("long_mnli", "long_yelp")}
-    return make_study(c, some(c, *PAPER), orders, seeds=(42, 43, 44))
+    return paper_grid(t5_large_long.get_config())

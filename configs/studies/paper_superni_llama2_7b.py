@@ -5,12 +5,8 @@ SAPT_DATA_DIR=/path/to/data python -m sapt_jax.study --config=configs/studies/pa
 """
 
 from configs import llama2_7b_superni
-from configs.studies.methods import PAPER, some
-from sapt_jax.study.grid import make_study
+from configs.studies.methods import paper_grid
 
 
 def get_config():
-    c = llama2_7b_superni.get_config()
-    return make_study(
-        c, some(c, *PAPER), {"superni_1572": "superni_1572", "superni_748": "superni_748"}, seeds=(42, 43, 44)
-    )
+    return paper_grid(llama2_7b_superni.get_config())
