@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sapt_jax import continual, fit
-from tests.helpers.run_files import assert_same_arrays, committed, predictions
+from tests.helpers.run_files import assert_same_arrays, committed, predictions, times_compiled
 from tests.helpers.tiny import TASKS, tiny_config, write_tasks
 
 pytestmark = pytest.mark.slow
@@ -26,9 +26,8 @@ def test_four_tasks_with_a_stop_inside_the_third(tmp_path, monkeypatch, caplog):
     assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(4)]).all()
     # No task compiled anything anew: one program for each batch shape.
     assert len(scores["buckets"]) == 2
-    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     for function in ("step", "generate"):
-        assert 1 <= sum(f"jit({function})" in message for message in compiled) <= 2
+        assert 1 <= times_compiled(caplog, function) <= 2
 
     saves = []
     save = fit.TaskCheckpoints.save

@@ -8,6 +8,8 @@ import pytest
 from sapt_jax.config import default_config, make_method
 from sapt_jax.decoding.answers import Ends, Search, make_generate
 from sapt_jax.export.learned import Ended, declared_state, read_run, write_run
+from sapt_jax.export.to_hf import write_merged
+from sapt_jax.export.to_peft import write_mixture
 from sapt_jax.models.families import make_model, read_shape
 from sapt_jax.pretrained.loading import load_pretrained
 from sapt_jax.programs import make_apply
@@ -106,6 +108,15 @@ def llama_logits(folder, batch, adapter=None):
     if adapter is not None:
         model = pytest.importorskip("peft").PeftModel.from_pretrained(model, adapter)
     return llama_reference.reference_logits(model.eval(), batch)
+
+
+def assert_exports_answer(learned, weights, batch, wanted, folder):
+    """A LLaMA of transformers has these logits on answers, with the mixture merged into it and as PEFT's adapter."""
+    real, base = batch["target_mask"], learned.config.model.path
+    write_merged(learned, weights, folder / "merged")
+    write_mixture(learned, weights, folder / "adapter")
+    for found in (llama_logits(folder / "merged", batch), llama_logits(base, batch, folder / "adapter")):
+        np.testing.assert_allclose(found[real], wanted[real], atol=1e-4)
 
 
 class Ours:

@@ -32,3 +32,9 @@ def assert_same_arrays(first, second):
 
 def predictions(workdir):
     return {str(f.relative_to(workdir)): f.read_text() for f in sorted(Path(workdir).glob("predictions/*/*.jsonl"))}
+
+
+def times_compiled(caplog, function):
+    """How often a jitted function was compiled under `jax.log_compiles`."""
+    messages = [record.getMessage() for record in caplog.records]
+    return sum(f"jit({function})" in message for message in messages if "Finished XLA compilation" in message)

@@ -9,15 +9,14 @@ import pytest
 
 from sapt_jax import continual, state
 from sapt_jax.export.to_hf import write_merged
-from sapt_jax.export.to_peft import write_mixture
 from sapt_jax.export.to_torch import write_model
 from sapt_jax.methods.gain_lora import GainLora, opening, read_by
 from sapt_jax.models.layers import input_of
 from sapt_jax.pet import Lora, Prompt
 from sapt_jax.pet.lora import sites
 from tests.helpers import gated_reference as reference
-from tests.helpers.learned_runs import Ours, llama_logits, make_base, make_rows
-from tests.helpers.run_files import assert_same_arrays, committed
+from tests.helpers.learned_runs import Ours, assert_exports_answer, make_base, make_rows
+from tests.helpers.run_files import assert_same_arrays, committed, times_compiled
 from tests.helpers.stopped import run_stopped_once
 from tests.helpers.tiny import tiny_config, write_tasks
 from tests.helpers.trees import at, noise
@@ -179,10 +178,9 @@ def test_a_stopped_run_on_a_tiny_t5_goes_on_grows_and_compiles_once(tmp_path, mo
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         scores = continual.run(config, tmp_path / "whole")
     assert np.isfinite(np.array(scores["matrix"])[np.tril_indices(2)]).all()
-    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     # Both passes of both tasks share one program.
     for function in ("step", "generate", "measure", "end_task"):
-        assert sum(f"jit({function})" in message for message in compiled) == 1, function
+        assert times_compiled(caplog, function) == 1, function
     again = run_stopped_once(config, tmp_path / "stopped", monkeypatch)
     np.testing.assert_array_equal(again["matrix"], scores["matrix"])
     whole = committed(tmp_path / "whole")
@@ -219,13 +217,7 @@ def test_a_reconstructed_run_whose_blocks_go_out_under_given_weights(tmp_path):
     with pytest.raises(ValueError, match="anew for each input: give --weights"):
         write_merged(ours.learned, None, tmp_path / "merged")
     weights = np.array([0.9, 0.6], np.float32)
-    real, wanted = batch["target_mask"], ours.logits(batch, weights)
-    write_merged(ours.learned, weights, tmp_path / "merged")
-    write_mixture(ours.learned, weights, tmp_path / "adapter")
-    for found in (
-        llama_logits(tmp_path / "merged", batch),
-        llama_logits(tmp_path / "base", batch, tmp_path / "adapter"),
-    ):
-        np.testing.assert_allclose(found[real], wanted[real], atol=1e-4)
+    wanted = ours.logits(batch, weights)
+    assert_exports_answer(ours.learned, weights, batch, wanted, tmp_path)
     with pytest.raises(ValueError, match="to-peft and to-hf"):
         write_model(ours.learned, True, tmp_path / "torch")

@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 
 from sapt_jax import continual
-from sapt_jax.export.to_hf import write_merged
-from sapt_jax.export.to_peft import write_mixture
 from sapt_jax.methods.inf_lora import InfLora
 from sapt_jax.models.families import VARIANTS, make_model
 from sapt_jax.models.layers import input_of
 from sapt_jax.pet import Lora, Prompt
 from sapt_jax.pet.lora import sites
 from tests.helpers import gated_reference as reference
-from tests.helpers.learned_runs import Ours, llama_logits, make_base, make_rows
+from tests.helpers.learned_runs import Ours, assert_exports_answer, make_base, make_rows
 from tests.helpers.run_files import assert_same_arrays, committed
 from tests.helpers.stopped import run_stopped_once
 from tests.helpers.tiny import tiny_config, write_tasks
@@ -188,10 +186,4 @@ def test_a_whole_run_whose_blocks_go_out_as_a_plain_sum(tmp_path, monkeypatch):
     np.testing.assert_array_equal(ours.attention(batch), np.ones((len(batch["source"]), 2)))
     real, wanted = batch["target_mask"], ours.logits(batch, np.ones(2, np.float32))
     assert np.abs(ours.logits(batch, np.zeros(2, np.float32)) - wanted)[real].max() > 1e-2
-    write_merged(ours.learned, None, tmp_path / "merged")
-    write_mixture(ours.learned, None, tmp_path / "adapter")
-    for found in (
-        llama_logits(tmp_path / "merged", batch),
-        llama_logits(tmp_path / "base", batch, tmp_path / "adapter"),
-    ):
-        np.testing.assert_allclose(found[real], wanted[real], atol=1e-4)
+    assert_exports_answer(ours.learned, None, batch, wanted, tmp_path)

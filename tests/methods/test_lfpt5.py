@@ -17,7 +17,7 @@ from sapt_jax.programs import make_apply
 from sapt_jax.pseudo_samples import writer
 from sapt_jax.state import Trainable
 from tests.helpers.replayed import PET, SHARE, Linear, batches, sides, third_task
-from tests.helpers.run_files import assert_same_arrays, committed, predictions
+from tests.helpers.run_files import assert_same_arrays, committed, predictions, times_compiled
 from tests.helpers.stopped import run_stopped_once
 from tests.helpers.tiny import tiny_config, write_tasks
 from tests.helpers.trees import at, init_base, noise, random_frozen
@@ -118,9 +118,8 @@ def test_a_run_on_rows_that_it_writes_stops_goes_on_and_compiles_once(tmp_path, 
     config = tiny_config(data_dir, **overrides)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         scores = continual.run(config, tmp_path / "whole")
-    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     for function in ("step", "generate"):
-        assert sum(f"jit({function})" in message for message in compiled) == 1
+        assert times_compiled(caplog, function) == 1
     ((cue, kind),) = asked
     assert cue.startswith("__gen__ shout") and kind is Lfpt5
     assert not list((tmp_path / "whole").glob("tasks/*/writer/steps"))

@@ -14,7 +14,7 @@ from sapt_jax.methods.replay import Replay
 from sapt_jax.results.comparison import figures
 from sapt_jax.results.scores import read_scores
 from tests.helpers.replayed import PET, SHARE, Linear, batches, sides, split_of, third_task
-from tests.helpers.run_files import assert_same_arrays, committed, predictions
+from tests.helpers.run_files import assert_same_arrays, committed, predictions, times_compiled
 from tests.helpers.stopped import run_stopped_once
 from tests.helpers.tiny import tiny_config, write_tasks
 from tests.helpers.trees import at
@@ -110,9 +110,8 @@ def test_a_run_that_grew_and_was_stopped_ends_like_a_whole_one(tmp_path, monkeyp
     config = tiny_config(data_dir, **overrides)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         scores = continual.run(config, tmp_path / "whole")
-    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     for function in ("step", "generate"):
-        assert sum(f"jit({function})" in message for message in compiled) == 1
+        assert times_compiled(caplog, function) == 1
     records = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     steps = [[r["step"] for r in records if r["kind"] == "train" and r["task_index"] == task] for task in (0, 1)]
     # Sixteen rows by eight, and by six beside two of the task before.
