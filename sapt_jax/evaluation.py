@@ -19,9 +19,16 @@ Trees = tuple[Frozen, Trainable]
 
 
 class Tested(NamedTuple):
-    """A score, 0 to 100, and for each row whether its largest weight was on its own task; None where none routes."""
+    """How a task was answered.
+
+    Attributes:
+      score: 0 to 100.
+      weights: [N, T] that its N inputs were answered with, as they are written; None where no answer has any.
+      routed: [N] bool, whether an input's largest weight was on its own task; None where nothing routes.
+    """
 
     score: float
+    weights: np.ndarray | None
     routed: np.ndarray | None
 
 
@@ -105,14 +112,15 @@ def test(run: Run, trees: Trees, results: epath.Path, task_index: int, tested: i
     file = predictions.predictions_file(results, names, task_index, tested)
     if file.exists():
         scores, weights = predictions.read_predictions(file, tasks[tested].task.test)
-        return Tested(float(np.mean(scores)), _routed(run, trees[0], weights, tested))
+        return Tested(float(np.mean(scores)), weights, _routed(run, trees[0], weights, tested))
     task = tasks[tested]
     texts, weights = predict(run, trees, task.test, run.task(task_index, tested=min(tested, len(run.stream.tasks) - 1)))
     scores = metrics.score_instances(
         texts, task.task.test, metric=task.task.metric, references=config.eval.references, seed=config.data.seed
     )
     predictions.write_predictions(file, predictions.Answers(task.task.test, texts, scores, weights))
-    return Tested(float(scores.mean()), _routed(run, trees[0], predictions.round_weights(weights), tested))
+    weights = predictions.round_weights(weights)
+    return Tested(float(scores.mean()), weights, _routed(run, trees[0], weights, tested))
 
 
 def _routed(run: Run, frozen: Frozen, weights: np.ndarray | None, tested: int) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from sapt_jax.evaluation import Tested
 from sapt_jax.models.families import parameters
 from sapt_jax.pseudo_samples.pools import Pools, rows_kept
 from sapt_jax.pseudo_samples.writer import WRITER
-from sapt_jax.results import metrics, predictions, scores, terminal
+from sapt_jax.results import metrics, scores, terminal
 from sapt_jax.results.cautions import cautions
 from sapt_jax.results.figures import style
 from sapt_jax.results.figures.catalogue import figures_of
@@ -98,7 +98,7 @@ class Tale:
         row = [test.score for test in tests.seen]
         for learned in together:
             self.matrix = metrics.with_row(self.matrix, learned, row[: learned + 1])
-        self.moved = metrics.with_row(self.moved, task_index, self._moved(task_index, frozen))
+        self.moved = metrics.with_row(self.moved, task_index, self._moved(tests.seen, frozen))
         new = False
         if self.results == run.workdir:
             # Beside it lie the scores of another way to test, which are no part of the curves.
@@ -131,16 +131,13 @@ class Tale:
         """Whether the weights of the tests are the method's own, and it recorded what they were."""
         return self.run.method.uses("moved") and self.run.config.eval.routing == "method"
 
-    def _moved(self, task_index: int, frozen: Frozen) -> list[float]:
-        run, names = self.run, self.run.stream.names
-        found = [np.nan] * (task_index + 1)
-        # Process 0 alone has surely written what is read here, and it alone tells.
+    def _moved(self, tests: Sequence[Tested], frozen: Frozen) -> list[float]:
+        method, found = self.run.method, [np.nan] * len(tests)
+        # Process 0 alone tells.
         if jax.process_index() == 0 and self._tells_moves:
             memory = jax.tree.map(np.asarray, frozen.memory)
-            for tested in range(task_index + 1):
-                file = predictions.predictions_file(self.results, names, task_index, tested)
-                _, weights = predictions.read_predictions(file, run.stream.tasks[tested].task.test)
-                moved = run.method.moved(memory, weights, run.method.slot_index(tested))
+            for tested, test in enumerate(tests):
+                moved = method.moved(memory, test.weights, method.slot_index(tested))
                 found[tested] = np.nan if moved is None else moved
         return found
 

@@ -88,7 +88,6 @@ def settle_tie(config: Mapping[str, Any], source: Source) -> dict[str, Any]:
     Args:
       config: the contents of config.json.
       source: the folder's weights.
-
     """
     shapes = source.shapes()
     table = next((name for name in (_EMBEDDING, *_EMBEDDING_COPIES) if name in shapes), None)

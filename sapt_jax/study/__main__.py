@@ -79,7 +79,7 @@ def run_all(runs: Sequence[Planned], workdir: epath.Path, console: Console) -> d
         try:
             if is_finished(run, folder):
                 continue
-            console.print(_line(run, runs, (workdir, seconds, failed)), style="bold", markup=False)
+            console.print(_line(run, runs, (workdir, seconds, failed)), style="bold")
             start = time.monotonic()
             continual.run(run.config, folder)
             seconds[run.name] = time.monotonic() - start
@@ -146,9 +146,9 @@ def tell(runs: Sequence[Planned], workdir: epath.Path, console: Console) -> None
     table = comparison.as_table(rows, f"{len(finished)} of {len(runs)} runs of the study")
     shown = comparison.sentence(rows, told)
     console.print(table)
-    console.print(shown, markup=False)
+    console.print(shown)
     plain = io.StringIO()
-    make_console(plain).print(table, shown, sep="\n", markup=False)
+    make_console(plain).print(table, shown, sep="\n")
     if jax.process_index() == 0:
         formats = {
             "txt": plain.getvalue(),
@@ -158,7 +158,7 @@ def tell(runs: Sequence[Planned], workdir: epath.Path, console: Console) -> None
         }
         for ending, text in formats.items():
             write_text_atomically(workdir / f"table.{ending}", text)
-        console.print(f"table: {workdir}/table.{{{','.join(formats)}}}", markup=False)
+        console.print(f"table: {workdir}/table.{{{','.join(formats)}}}")
 
 
 def _has_ended(run: Planned, workdir: epath.Path) -> bool:

@@ -302,8 +302,7 @@ def _summary_table(groups: Sequence[Group], names: Sequence[str]) -> list[list[s
 
 
 def _seen(record: Record) -> np.ndarray:
-    matrix = metrics.finished_part(record.matrix)
-    return np.array([row[: index + 1].mean() for index, row in enumerate(matrix)])
+    return np.array(metrics.seen_averages(metrics.finished_part(record.matrix)))
 
 
 def _final(record: Record, task: str) -> float:
